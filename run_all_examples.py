@@ -1,0 +1,208 @@
+"""Run the lessons and compare what they measured.
+
+    python3 run_all_examples.py                all lessons
+    python3 run_all_examples.py 1 3            these, in this order
+    python3 run_all_examples.py --list         what there is
+    python3 run_all_examples.py --show FILE    the summary of a run that was recorded with --json
+
+Each lesson runs in a process of its own and prints its own tables; one summary follows. Where this Python has no vLLM
+that can run here, an environment is set up first, once, in .venv beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from setup_and_test import prepare
+from stable_prefix_vs_timestamp import has_usable_vllm, lesson_parser, write_json
+
+HERE = Path(__file__).resolve().parent
+
+
+class Lesson(NamedTuple):
+    name: str  # the script, without .py
+    title: str
+
+
+LESSONS = {
+    1: Lesson("stable_prefix_vs_timestamp", "a stable prefix against a timestamp at the front"),
+    2: Lesson("append_only_vs_inplace_edit", "an append-only context against a state edited in place"),
+    3: Lesson("manual_cache_boundary", "an explicit boundary, and a store for engines without prefix caching"),
+    4: Lesson("session_consistency", "sessions that stay with their worker against round robin"),
+}
+PRICE_INPUT, PRICE_CACHED = 3.00, 0.30  # an example, in $ per million prompt tokens; lesson 2 takes others
+
+
+class Arm(NamedTuple):
+    """One arm of a lesson's main experiment without request 0, which fills the cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    ttft_ms: list[float]
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.prompt_tokens - self.cached_tokens
+
+    @property
+    def hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.ttft_ms)
+
+    @property
+    def dollars(self) -> float:
+        return (self.computed_tokens * PRICE_INPUT + self.cached_tokens * PRICE_CACHED) / 1e6
+
+
+class LessonRun(NamedTuple):
+    number: int
+    status: int
+    seconds: float
+    result: dict | None  # the lesson's JSON, None where it failed before it could write one
+
+
+def read_arm(result: dict, arm: str) -> Arm:
+    rows = [m for m in result["measurements"] if m["experiment"] == "main" and m["arm"] == arm and m["request"] > 0]
+    return Arm(
+        sum(m["prompt_tokens"] for m in rows),
+        sum(m["cached_tokens"] for m in rows),
+        [m["ttft_ms"] for m in rows if m["error"] is None],
+    )
+
+
+def speed_up(bad: Arm, good: Arm) -> str:
+    """Return the ratio of the medians, or why there is none to be shown."""
+    if bad.median_ms <= good.median_ms:
+        return "none"
+    factor = f"{bad.median_ms / good.median_ms:.1f}x"
+    return factor if min(bad.ttft_ms) > max(good.ttft_ms) else f"{factor} (ranges overlap)"
+
+
+def summarise(runs: list[LessonRun]) -> None:
+    """Print what the lessons measured, two rows a lesson and what they come to; `computed` counts tokens."""
+    from rich.console import Console
+
+    console = Console(width=80, highlight=False)
+    console.rule("summary")
+    heads = f"{'hit rate':>10}{'TTFT':>11}{'computed':>11}{'cost':>9}"
+    console.print(f"[bold]{'without request 0 (it fills the cache)':<39}{heads}")
+    for number, status, seconds, result in runs:
+        name = f"{number} {LESSONS[number].name}"
+        if result is None:
+            console.print(f"{name}\n  [bold red]no result[/]: exit status {status} after {seconds:.0f} s")
+            continue
+        bad, good = (read_arm(result, arm) for arm in ("bad", "good"))
+        for label, kind, arm in ((name, "bad", bad), ("", "good", good)):
+            rate, ttft, cost = f"{arm.hit_rate:.1%}", f"{arm.median_ms:,.1f} ms", f"${arm.dollars:.4f}"
+            console.print(f"{label:<33}{kind:<6}{rate:>10}{ttft:>11}{arm.computed_tokens:>11,}{cost:>9}")
+        computed = good.computed_tokens / bad.computed_tokens - 1
+        console.print(
+            f"  TTFT {speed_up(bad, good)}, computed tokens {computed:+.0%}, cost {good.dollars / bad.dollars - 1:+.0%}"
+        )
+        held = sum(claim["holds"] for claim in result["claims"])
+        took = (
+            f"engine start {result['seconds']['engine_start']:.0f} s, measuring {result['seconds']['measuring']:.0f} s"
+        )
+        console.print(f"  {held} of {len(result['claims'])} claims about token counts hold; {took}")
+    console.print(f"TTFT: median; example prices: ${PRICE_INPUT:.2f} per million tokens, cached ${PRICE_CACHED:.2f}")
+
+
+def show(path: str) -> int:
+    """Print the summary of a recorded run."""
+    try:
+        recorded = json.loads(Path(path).read_text(encoding="utf-8"))["lessons"]
+        numbers = {lesson.name: number for number, lesson in LESSONS.items()}
+        runs = [LessonRun(numbers[result["lesson"]], 0, 0.0, result) for result in recorded]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        print(f"run_all_examples.py: error: {path} is no run recorded with --json: {error}", file=sys.stderr)
+        return 2
+    summarise(runs)
+    return 0
+
+
+class Stopped(Exception):
+    """A signal came; `args[0]` is its number."""
+
+
+def stop(signum: int, _: object) -> None:
+    raise Stopped(signum)
+
+
+def run_lesson(number: int, options: list[str], folder: Path) -> LessonRun:
+    """Run one lesson to its end, or end it and raise Stopped."""
+    result, start = folder / f"{number}.json", time.perf_counter()
+    process = subprocess.Popen([sys.executable, HERE / f"{LESSONS[number].name}.py", *options, "--json", result])
+    try:
+        status = process.wait()
+    except Stopped as signalled:
+        process.send_signal(signalled.args[0])
+        process.wait()
+        raise
+    content = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+    return LessonRun(number, status, time.perf_counter() - start, content)
+
+
+def example(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) in LESSONS):
+        raise argparse.ArgumentTypeError(f"there is no example {text!r}, there are {', '.join(map(str, LESSONS))}")
+    return int(text)
+
+
+def main() -> int:
+    parser = lesson_parser(__doc__, requests=None)
+    parser.add_argument("numbers", nargs="*", type=example, metavar="N", help="examples to run (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the examples and stop")
+    parser.add_argument("--show", metavar="FILE", help="print the summary of a recorded run and stop")
+    args = parser.parse_args()
+    if args.list:
+        for number, lesson in LESSONS.items():
+            print(f"{number}  {lesson.name:<28}{lesson.title}")
+        return 0
+    if args.show and importlib.util.find_spec("rich"):
+        return show(args.show)  # reading needs no engine
+    if not has_usable_vllm():
+        print(f"{sys.executable} has no vLLM that can run here.", flush=True)
+        python = prepare()
+        if python != Path(sys.executable):
+            os.execv(python, [str(python), __file__, *sys.argv[1:]])
+    if args.show:
+        return show(args.show)
+
+    own = ("numbers", "list", "show", "json")
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own and value}
+    options = [word for name, value in given.items() for word in ([name] if value is True else [name, str(value)])]
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, stop)
+    runs, status = [], 0
+    with tempfile.TemporaryDirectory(prefix="kv-lessons-") as folder:
+        try:
+            for number in dict.fromkeys(args.numbers or LESSONS):
+                print(f"\nExample {number}: {LESSONS[number].title}\n", flush=True)
+                runs.append(run_lesson(number, options, Path(folder)))
+        except Stopped as signalled:
+            status = 128 + signalled.args[0]
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_IGN)  # what is left takes no time
+    if runs:
+        summarise(runs)
+    if args.json:
+        write_json(args.json, {"schema": 1, "lessons": [run.result for run in runs if run.result]})
+    return status or int(any(run.status for run in runs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

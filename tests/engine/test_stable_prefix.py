@@ -1,0 +1,106 @@
+"""Lesson 1 on the real engine."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+from models import write_llama
+
+SCRIPT = "stable_prefix_vs_timestamp.py"
+
+
+@pytest.fixture(scope="module")
+def done(run_script):
+    return run_script(SCRIPT)
+
+
+@pytest.mark.quick
+def test_the_default_run_meets_every_prediction_and_claim(done, check_result) -> None:
+    assert done.status == 0, done.out + done.err
+    check_result(done.result, "stable_prefix_vs_timestamp")
+    environment = done.result["environment"]
+    assert (environment["model"], environment["weights"]) == ("built_in_model/cpu", "random")
+    assert environment["block_size"] == 128
+
+
+@pytest.mark.quick
+def test_bad_finds_nothing_and_good_the_whole_static_prefix(done) -> None:
+    bad, good = done.rows("main", "bad"), done.rows("main", "good")
+    assert len(bad) == len(good) == 6
+    assert [m["cached_tokens"] for m in bad] == [0] * 6, "the clock stands in the first block"
+    assert good[0]["cached_tokens"] == 0, "request 0 fills the cache"
+    for m in good[1:]:
+        assert m["cached_tokens"] >= 4000 // 128 * 128 - 128
+        assert m["prompt_tokens"] - m["cached_tokens"] < 256
+
+
+@pytest.mark.quick
+def test_the_output_tells_the_story_on_one_screen(done) -> None:
+    assert len(done.out.splitlines()) <= 40
+    for text in ("BAD", "GOOD", "random weights", "blocks of 128 tokens", "hit rate", "first differ at token", "TTFT"):
+        assert text in done.out
+
+
+@pytest.mark.quick
+def test_the_clients_ttft_agrees_with_the_engines(done) -> None:
+    apart = [(m["ttft_ms"] - m["engine_ttft_ms"], m["engine_ttft_ms"]) for m in done.result["measurements"]]
+    assert all(difference > 0 for difference, _ in apart), "the client sees a token after the engine has made it"
+    assert statistics.median(d for d, _ in apart) <= max(3, 0.05 * statistics.median(e for _, e in apart))
+
+
+@pytest.mark.quick
+def test_a_miss_takes_at_least_three_times_as_long_as_a_hit(done) -> None:
+    miss, hit = (statistics.median(m["ttft_ms"] for m in done.rows("main", arm)[1:]) for arm in ("bad", "good"))
+    assert miss > 3 * hit, "about 12 times on two idle cores"
+
+
+@pytest.mark.quick
+def test_measuring_costs_no_more_than_half_of_the_engines_start(done) -> None:
+    assert done.result["seconds"]["measuring"] < done.result["seconds"]["engine_start"] / 2
+
+
+def test_deeper_adds_all_further_experiments(run_script, check_result) -> None:
+    done = run_script(SCRIPT, "--deeper", "--prefix-tokens", "2000")
+    assert done.status == 0, done.out + done.err
+    check_result(done.result, "stable_prefix_vs_timestamp")
+    experiments = {m["experiment"] for m in done.result["measurements"]}
+    assert experiments == {
+        "warm_up",
+        "main",
+        "position",
+        "user_data",
+        *(f"length {n}" for n in (500, 1000, 2000, 4000)),
+    }
+    lost = [done.rows("position", f"{percent}%")[0]["cached_tokens"] for percent in (0, 25, 50, 75, 100)]
+    assert lost == sorted(lost), "the later the change, the more is found"
+    assert lost[0] == 0 < lost[1]
+    for length in (500, 1000, 2000, 4000):
+        hits = done.rows(f"length {length}", "hit")
+        assert {m["cached_tokens"] for m in hits} == {(length - 1) // 128 * 128}
+        assert all(m["tpot_ms"] > 0 for m in hits)
+
+
+def test_without_prefix_caching_the_claims_fail_and_the_exit_status_is_1(run_script) -> None:
+    done = run_script(SCRIPT, "--no-prefix-caching", "--prefix-tokens", "600", "--requests", "2")
+    assert done.status == 1
+    failed = [claim["claim"] for claim in done.result["claims"] if not claim["holds"]]
+    assert "predicted = measured cached tokens on every request" in failed
+    assert "a good request finds the whole static prefix" in failed
+    assert "FAILED" in done.out
+    assert {m["cached_tokens"] for m in done.result["measurements"]} == {0}
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_another_architecture_tokenizer_template_and_block_size(
+    block_size: int, run_script, check_result, tmp_path: Path
+) -> None:
+    model = write_llama(tmp_path / "llama")
+    sizes = ["--block-size", str(block_size), "--prefix-tokens", "1500", "--requests", "4"]
+    done = run_script(SCRIPT, "--model", str(model), *sizes)
+    assert done.status == 0, done.out + done.err
+    check_result(done.result, "stable_prefix_vs_timestamp")
+    assert done.result["environment"]["block_size"] == block_size
+    shared = {m["cached_tokens"] for m in done.rows("main", "good")[1:]}
+    assert all(cached >= 1500 - 2 * block_size and cached % block_size == 0 for cached in shared)

@@ -1,0 +1,210 @@
+"""Lesson 3: the split, the prompts, and the rules of the prefix store."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manual_cache_boundary import (
+    MARKER,
+    PrefixStore,
+    UsageError,
+    bad_messages,
+    default_prompt,
+    good_messages,
+    read_prompt,
+    reader,
+    split_at_boundary,
+)
+
+
+def test_the_marker_belongs_to_neither_part() -> None:
+    assert split_at_boundary(f"static\n{MARKER}\ndynamic") == ("static\n", "dynamic")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("no marker at all", "0 markers"),
+        (f"a {MARKER} b {MARKER} c", "2 markers"),
+        (f" \n{MARKER} b", "nothing stands before"),
+        ("", "0 markers"),
+    ],
+)
+def test_a_prompt_without_one_clear_boundary_is_refused(prompt: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        split_at_boundary(prompt)
+
+
+@given(st.text().filter(lambda text: MARKER not in text and text.strip()), st.text().filter(lambda t: MARKER not in t))
+def test_splitting_loses_nothing_but_the_marker_and_space_around_the_suffix(prefix: str, suffix: str) -> None:
+    if (prefix + MARKER + suffix).count(MARKER) == 1:
+        assert split_at_boundary(prefix + MARKER + suffix) == (prefix, suffix.strip())
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_both_arms_send_the_same_words_and_no_marker(n: int) -> None:
+    prompt = default_prompt(300, len)
+    words = [
+        sorted(" ".join(m["content"] for m in messages(prompt, n)).split())
+        for messages in (bad_messages, good_messages)
+    ]
+    assert words[0] == words[1]
+    assert MARKER not in " ".join(words[0])
+
+
+def test_in_good_the_system_message_is_the_same_for_every_reader() -> None:
+    prompt = default_prompt(300, len)
+    assert good_messages(prompt, 1)[0] == good_messages(prompt, 2)[0]
+    assert bad_messages(prompt, 1)[0] != bad_messages(prompt, 2)[0]
+
+
+def test_no_two_readers_are_the_same_and_all_are_described_at_the_same_length() -> None:
+    readers = [reader(n) for n in range(500)]
+    assert len(set(readers)) == len(readers)
+    assert len({len(text) for text in readers}) == 1
+
+
+@pytest.mark.parametrize(("content", "says"), [(b"no marker", "0 markers"), (b"\xff\xfe\x00", "decode")])
+def test_a_prompt_file_without_a_boundary_is_wrong_usage(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=says):
+        read_prompt(argparse.Namespace(prompt_file=str(path)))
+
+
+def test_a_prompt_file_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_prompt(argparse.Namespace(prompt_file=str(tmp_path / "none.txt")))
+
+
+# --- the store; its KV is a real DynamicCache, so these need torch ---
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+BYTES_PER_TOKEN = 2 * 2 * 4 * 4  # keys and values, two heads, four numbers of four bytes
+
+
+def kv_of(ids: list[int]):
+    """Return the KV of one layer in which token `i` is the number `i`: what belongs to which prefix can be seen."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    values = torch.tensor(ids, dtype=torch.float32).reshape(1, 1, -1, 1).expand(1, 2, len(ids), 4).contiguous()
+    kv = transformers.DynamicCache()
+    kv.update(values, values.clone(), 0)
+    return kv
+
+
+def store(tokens: int, ttl_s: float = 100.0) -> tuple[PrefixStore, Clock]:
+    clock = Clock()
+    return PrefixStore(tokens * BYTES_PER_TOKEN, ttl_s, clock), clock
+
+
+def held(prefixes: PrefixStore) -> list[int]:
+    return [entry.length for entry in prefixes.entries.values()]
+
+
+def test_the_longest_stored_prefix_wins_and_leaves_a_token_to_compute() -> None:
+    prefixes, _ = store(100)
+    for length in (2, 4, 6):
+        prefixes.put(list(range(length)), kv_of(list(range(length))))
+    assert prefixes.get(list(range(8)))[0] == 6
+    assert prefixes.get(list(range(6)))[0] == 4, "a prompt that is stored whole still needs its last token computed"
+    assert prefixes.get([0, 1, 9, 9, 9])[0] == 2
+    assert prefixes.get([9, 1, 2, 3]) == (0, None)
+    assert (prefixes.hits, prefixes.misses) == (3, 1)
+
+
+def test_the_kv_that_comes_back_is_that_of_the_prefix() -> None:
+    prefixes, _ = store(100)
+    prefixes.put([5, 6, 7], kv_of([5, 6, 7]))
+    _, kv = prefixes.get([5, 6, 7, 8])
+    assert kv.layers[0].keys[0, 0, :, 0].tolist() == [5, 6, 7]
+
+
+def test_a_request_can_corrupt_neither_an_entry_nor_what_was_put() -> None:
+    prefixes, _ = store(100)
+    original = kv_of([5, 6, 7])
+    prefixes.put([5, 6, 7], original)
+    original.layers[0].keys.zero_()
+    prefixes.get([5, 6, 7, 8])[1].layers[0].keys.zero_()
+    assert prefixes.get([5, 6, 7, 8])[1].layers[0].keys[0, 0, :, 0].tolist() == [5, 6, 7]
+
+
+def test_the_least_recently_used_entry_leaves_first() -> None:
+    prefixes, _ = store(6)
+    for ids in ([1, 1], [2, 2], [3, 3]):
+        prefixes.put(ids, kv_of(ids))
+    prefixes.get([1, 1, 0])
+    prefixes.put([4, 4], kv_of([4, 4]))
+    assert prefixes.get([2, 2, 0])[0] == 0
+    assert all(prefixes.get([n, n, 0])[0] == 2 for n in (1, 3, 4))
+    assert prefixes.evictions == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 6), st.booleans()), max_size=30))
+def test_the_budget_is_never_exceeded_and_pins_are_never_evicted(puts: list[tuple[int, int, bool]]) -> None:
+    prefixes, _ = store(10)
+    pinned: set[str] = set()
+    for token, length, pin in puts:
+        ids = [token] * length
+        try:
+            prefixes.put(ids, kv_of(ids), pinned=pin)
+        except ValueError:
+            continue
+        (pinned.add if pin else pinned.discard)(prefixes.key(ids))
+        assert prefixes.nbytes() <= 10 * BYTES_PER_TOKEN
+        assert pinned <= set(prefixes.entries)
+
+
+def test_the_time_to_live_ends_an_entry_and_no_pin() -> None:
+    prefixes, clock = store(100, ttl_s=10)
+    prefixes.put([1, 1], kv_of([1, 1]))
+    prefixes.put([2, 2], kv_of([2, 2]), pinned=True)
+    clock.now = 9.9
+    assert prefixes.get([1, 1, 0])[0] == 2
+    clock.now = 10.0
+    assert prefixes.get([1, 1, 0])[0] == 0
+    assert prefixes.get([2, 2, 0])[0] == 2
+
+
+def test_what_cannot_or_must_not_be_kept_is_refused_and_changes_nothing() -> None:
+    prefixes, _ = store(6)
+    prefixes.put([1, 1], kv_of([1, 1]), pinned=True)
+    with pytest.raises(ValueError, match="larger than the budget"):
+        prefixes.put([2] * 7, kv_of([2] * 7))
+    with pytest.raises(ValueError, match="no room"):
+        prefixes.put([3] * 4, kv_of([3] * 4), pinned=True)
+    with pytest.raises(ValueError, match="no room"):
+        prefixes.put([3] * 5, kv_of([3] * 5))
+    with pytest.raises(ValueError, match="does not belong to 3 token ids"):
+        prefixes.put([4, 4, 4], kv_of([4, 4]))
+    assert held(prefixes) == [2]
+
+
+def test_putting_the_same_prefix_again_replaces_it() -> None:
+    prefixes, _ = store(4)
+    for _ in range(3):
+        prefixes.put([1, 1, 1], kv_of([1, 1, 1]))
+    assert held(prefixes) == [3]
+    assert prefixes.evictions == 0
+
+
+def test_the_key_is_the_sha_256_of_the_token_ids() -> None:
+    import hashlib
+    import struct
+
+    ids = [1, 2, 151_935]
+    assert PrefixStore.key(ids) == hashlib.sha256(struct.pack("=3q", *ids)).hexdigest()
+    assert PrefixStore.key([1, 23]) != PrefixStore.key([12, 3])

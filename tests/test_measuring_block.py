@@ -1,0 +1,89 @@
+"""The measuring block: equal in every lesson, and its cache model right."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import run_all_examples
+from stable_prefix_vs_timestamp import CacheModel, EngineError, Measurement, common_prefix, root_cause, time_verdict
+
+ROOT = Path(__file__).parent.parent
+LESSONS = [ROOT / f"{lesson.name}.py" for lesson in run_all_examples.LESSONS.values()]
+START, END = "# --- measuring block", "# --- end of the measuring block ---"
+
+
+def parts(script: Path) -> tuple[str, str]:
+    """Return a lesson's own part and its measuring block."""
+    own, block = script.read_text(encoding="utf-8").split(START)
+    return own, block.split(END)[0]
+
+
+@pytest.mark.parametrize("script", LESSONS[1:], ids=lambda path: path.stem)
+def test_the_block_is_byte_identical_in_all_lessons(script: Path) -> None:
+    assert parts(script)[1] == parts(LESSONS[0])[1]
+
+
+@pytest.mark.parametrize("script", LESSONS, ids=lambda path: path.stem)
+def test_what_a_learner_reads_needs_no_tooling_and_no_sibling(script: Path) -> None:
+    imported = {
+        name
+        for node in ast.walk(ast.parse(parts(script)[0]))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    siblings = {path.stem for path in ROOT.glob("*.py")}
+    assert not imported & ({"rich", "argparse", "os"} | siblings)
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_an_old_python_can_read_the_scripts_far_enough_to_say_that_it_is_too_old(script: Path) -> None:
+    ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+tokens = st.lists(st.integers(0, 2), max_size=24)
+
+
+@given(st.lists(tokens, max_size=6), tokens.filter(len), st.integers(1, 5))
+def test_a_hit_is_the_longest_common_prefix_in_whole_blocks_and_never_the_last_token(
+    stored: list[list[int]], prompt: list[int], block: int
+) -> None:
+    model = CacheModel(block)
+    for ids in stored:
+        model.store(ids)
+    full = [ids[: len(ids) // block * block] for ids in stored]  # a block is only stored once it is full
+    longest = max((common_prefix(ids, prompt) for ids in full), default=0)
+    assert model.cached_tokens(prompt) == min(longest, len(prompt) - 1) // block * block
+
+
+def test_an_identical_prompt_of_whole_blocks_loses_its_last_block() -> None:
+    model = CacheModel(4)
+    model.store(list(range(8)))
+    assert model.cached_tokens(list(range(8))) == 4
+    assert model.cached_tokens([*range(8), 8]) == 8
+
+
+def measurement(ttft_ms: float, prompt_tokens: int = 100, cached_tokens: int = 0) -> Measurement:
+    return Measurement("main", "bad", 1, None, None, prompt_tokens, cached_tokens, cached_tokens, ttft_ms, None)
+
+
+def test_the_verdict_shows_a_speed_up_only_where_the_ranges_lie_apart() -> None:
+    slow = [measurement(100.0), measurement(120.0)]
+    fast = [measurement(10.0, cached_tokens=90), measurement(12.0, cached_tokens=90)]
+    assert "10.0x of at most 10x" in time_verdict(slow, fast)
+    assert "overlap" in time_verdict(slow, [measurement(20.0), measurement(110.0)])
+    assert "did not improve" in time_verdict(fast, slow)
+
+
+def test_the_root_cause_is_the_first_exception_that_is_no_wrapper() -> None:
+    log = (
+        "(EngineCore pid=7) WARNING 11-23 11:23:28 [a.py:1] ImportError: only a warning\n"
+        "(Worker pid=8) ERROR 11-23 11:23:29 [b.py:2] ValueError: the KV cache is too small\n"
+        "(EngineCore pid=7) Exception: WorkerProc failed. See stack trace for root cause.\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert root_cause(EngineError("vLLM did not start"), log) == "ValueError: the KV cache is too small"

@@ -1,0 +1,82 @@
+"""The README: short, and with no figure that a recorded run does not hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from setup_and_test import SIZES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = sorted((ROOT / "results").glob("*.json"))
+
+
+def block(kind: str, path: Path) -> str:
+    """Return the code block that follows a marker in the README."""
+    found = re.search(rf"<!-- {kind} results/{path.name} -->\n+```\n(.*?)```", README, re.DOTALL)
+    assert found, f"the README does not show the {kind} of {path.name}"
+    return found[1]
+
+
+def test_it_is_no_longer_than_150_lines() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_first_twenty_lines_run_it() -> None:
+    assert "python3 run_all_examples.py" in README.splitlines()[:20]
+
+
+def test_there_is_a_recorded_run() -> None:
+    assert RESULTS
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_summary_shown_is_what_the_command_prints_from_the_recorded_run(path: Path) -> None:
+    printed = subprocess.run(
+        [sys.executable, ROOT / "run_all_examples.py", "--show", path], capture_output=True, text=True, check=True
+    )
+    assert [line.rstrip() for line in block("summary", path).splitlines()] == [
+        line.rstrip() for line in printed.stdout.splitlines() if line.strip()
+    ]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_environment_shown_is_that_of_the_recorded_run(path: Path) -> None:
+    shown = block("environment", path)
+    for result in json.loads(path.read_text(encoding="utf-8"))["lessons"]:
+        environment = result["environment"]
+        for key in ("vllm", "torch", "transformers", "python", "device", "model", "weights", "dtype", "block_size"):
+            assert str(environment[key]) in shown, key
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_in_a_recorded_run_every_prediction_is_met_and_every_claim_holds(path: Path) -> None:
+    for result in json.loads(path.read_text(encoding="utf-8"))["lessons"]:
+        assert all(m["cached_tokens"] == m["predicted_cached_tokens"] for m in result["measurements"])
+        assert all(claim["holds"] for claim in result["claims"])
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(?:python3? )?(?:-m )?([\w./]+\.(?:py|txt|json))", README))))
+def test_every_file_that_is_named_exists(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"going_further\.(\w+)", README))))
+def test_every_module_that_is_named_exists(name: str) -> None:
+    assert (ROOT / "going_further" / f"{name}.py").exists()
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`[^`]*?(--[a-z][a-z-]+)", README)) - {"--help"}))
+def test_every_option_that_is_named_is_one_of_a_script(option: str) -> None:
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("going_further/*.py"), ROOT / "built_in_model" / "build.py"]
+    assert any(f'"{option}"' in script.read_text(encoding="utf-8") for script in scripts)
+
+
+def test_the_size_of_the_download_is_the_one_that_the_set_up_announces() -> None:
+    assert f"{SIZES['requirements-cpu.txt'][0]} GB to download" in README

@@ -1,0 +1,76 @@
+"""The runner: which examples, what is refused, and the summary."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import run_all_examples
+from run_all_examples import LESSONS, Arm, LessonRun, read_arm, speed_up, summarise
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "results").glob("*.json"))
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "run_all_examples.py", *words], capture_output=True, text=True)
+
+
+def test_list_names_every_lesson_and_each_is_a_script() -> None:
+    done = run("--list")
+    assert done.returncode == 0
+    listed = [line.split()[:2] for line in done.stdout.splitlines()]
+    assert listed == [[str(number), lesson.name] for number, lesson in LESSONS.items()]
+    assert all((ROOT / f"{lesson.name}.py").is_file() for lesson in LESSONS.values())
+
+
+@pytest.mark.parametrize("words", [["0"], ["5"], ["one"], ["-1"], ["1.5"], ["1", "9"], ["²"], [""]])
+def test_what_is_no_example_is_refused_with_usage(words: list[str]) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["--requests", "1"], ["--prefix-tokens", "many"], ["--json", "/no/such/folder/x.json"], ["--bogus"]]
+)
+def test_bad_options_are_refused_before_any_lesson_starts(words: list[str]) -> None:
+    done = run("1", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_speed_up_is_qualified_where_the_ranges_overlap() -> None:
+    slow, fast, between = (Arm(100, 0, times) for times in ([100.0, 110.0], [10.0, 20.0], [15.0, 105.0]))
+    assert speed_up(slow, fast) == "7.0x"
+    assert speed_up(slow, between) == "1.8x (ranges overlap)"
+    assert speed_up(fast, slow) == "none"
+
+
+def test_cost_is_computed_tokens_at_the_full_and_cached_ones_at_the_reduced_price() -> None:
+    assert Arm(1_000_000, 0, []).dollars == pytest.approx(run_all_examples.PRICE_INPUT)
+    assert Arm(1_000_000, 1_000_000, []).dollars == pytest.approx(run_all_examples.PRICE_CACHED)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_summary_of_a_recorded_run_fits_80_columns_and_leaves_out_request_0(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads(path.read_text())["lessons"]
+    by_name = {lesson.name: number for number, lesson in LESSONS.items()}
+    summarise([LessonRun(by_name[result["lesson"]], 0, 30.0, result) for result in results])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    for result in results:
+        rows = [m for m in result["measurements"] if m["experiment"] == "main" and m["arm"] == "good" and m["request"]]
+        assert read_arm(result, "good").cached_tokens == sum(m["cached_tokens"] for m in rows)
+        assert result["lesson"] in out
+
+
+def test_a_lesson_without_result_is_named_in_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    summarise([LessonRun(1, 1, 3.0, None)])
+    assert "no result: exit status 1 after 3 s" in capsys.readouterr().out

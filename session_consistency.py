@@ -312,8 +312,8 @@ def moved_share(sessions: int, before: int, after: int) -> dict[str, float]:
 
 async def lost_worker(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     """Shut a worker down in the middle: its sessions move once, pay one cold turn, and go on."""
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in moved_share(5000, 8, 7).items())
-    run.print(f"\n[bold]A worker is lost[/]: of 5,000 sessions on 8 workers move: {shares}")
+    shares = ", ".join(f"{name} moves {share:.1%}" for name, share in moved_share(5000, 8, 7).items())
+    run.print(f"\n[bold]A worker of 8 is lost[/]: of 5,000 sessions {shares}")
     for engine in workers:
         await engine.reset()
     await prime(run, workers, "good", [prompts[0] for prompts in traffic.prompts.values()])
@@ -401,7 +401,7 @@ def check_memory(run: Run, longest: int, prompts: int, sharing: int) -> None:
         query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
         free = int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) * 2**20
     else:
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        free = free_memory()
     need = sharing * (weights + kv + 2**30)  # and what an engine takes besides
     if need > free:
         sizes = f"{sharing} workers need {need / 2**30:.1f} GiB ({kv / 2**30:.1f} GiB of KV cache each)"
@@ -632,7 +632,9 @@ class Run:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
-        self.print = self.console.print
+        self.print = functools.partial(
+            self.console.print, soft_wrap=True
+        )  # a row is a row; tests hold it to 80 columns
         self.engines: list[Engine] = []
         self.elsewhere: list[Measurement] = []  # measured on something that is no vLLM engine
         self.claims: list[Claim] = []
@@ -651,9 +653,13 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, what: str, label: str = "") -> Iterator[None]:
-        """Add the seconds that pass inside to `seconds[what]`, with a spinner where there is a label and a terminal."""
-        start = time.perf_counter()
-        with self.console.status(label) if label else contextlib.nullcontext():
+        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
+        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+        start, shown = time.perf_counter(), bool(label) and self.console.is_terminal
+        columns = SpinnerColumn(), label, TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True, disable=not shown) as progress:
+            progress.add_task(label)
             yield
         self.seconds[what] += time.perf_counter() - start
 
@@ -736,7 +742,7 @@ class Run:
         length = longest + OUTPUT_TOKENS
         if length > self.max_model_len:
             limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
-            raise UsageError(f"{limit}: choose a smaller --prefix-tokens")
+            raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens)")
         kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
         counters = CacheCounters()
         try:
@@ -759,7 +765,7 @@ class Run:
 
     def print_banner(self) -> None:
         self.environment["kv_cache_tokens"] = self.engines[0].kv_cache_tokens
-        self.print(
+        self.console.print(  # names of models and devices may be long: this may wrap
             "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n"
             "blocks of {block_size} tokens, KV cache of {kv_cache_tokens:,} tokens".format_map(self.environment)
         )
@@ -789,9 +795,10 @@ class Run:
         """Show where two prompts first differ, and which blocks that costs."""
         at, blocks = common_prefix(before, after), len(after) // self.block_size
         lost = blocks - at // self.block_size
-        self.print(f"\n{which} first differ at token {at:,} of {len(after):,}; blocks lost: {lost} of {blocks}")
+        self.print(f"\n{which} first differ at token {at:,} of {len(after):,}: {lost} of {blocks} blocks lost")
         for ids in (before, after):
-            self.print(f"  {self.tokenizer.decode(ids[max(0, at - 24) : at + 6])[-74:]!r}", markup=False)
+            text = repr(self.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
+            self.print(f"  {text if len(text) <= 78 else f'...{text[-75:]}'}", markup=False)
 
     def finish(self) -> int:
         """Check every prediction, print the failed claims, write the JSON, and return the exit status."""
@@ -809,7 +816,7 @@ class Run:
         self.claim("vLLM's own counters agree with the requests", counted == summed, evidence)
         failed = [claim for claim in self.claims if not claim.holds]
         for claim in failed:
-            self.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
+            self.console.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
         held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
         self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s")
         if self.args.json:
@@ -899,8 +906,14 @@ def root_cause(error: EngineError, log: str) -> str:
     return causes[0] if causes else telling_line(error.__cause__ or error)
 
 
+def free_memory() -> int:
+    """Return how many bytes can be had without swapping, as the kernel estimates it (proc(5): MemAvailable)."""
+    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write all of `content` or nothing."""
+    path = path.resolve()  # what a link points to is written, the link stays
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
@@ -912,8 +925,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def json_path(name: str) -> Path:
     try:
-        if Path(name).is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if Path(name).exists() and not Path(name).is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from stable_prefix_vs_timestamp import Run, has_usable_vllm, lesson_parser, run_lesson
+from stable_prefix_vs_timestamp import Run, free_memory, has_usable_vllm, lesson_parser, run_lesson
 
 HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
@@ -181,9 +181,7 @@ def requirement_checks() -> Iterator[Check]:
 def checks() -> Iterator[Check]:
     """Yield what the lessons need of this machine and this Python."""
     gib = 2**30
-    memory = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
-    available = int(memory[1]) * 1024 / gib
-    free, driver = shutil.disk_usage(HERE).free / gib, nvidia_driver()
+    available, free, driver = free_memory() / gib, shutil.disk_usage(HERE).free / gib, nvidia_driver()
     version, home = platform.python_version(), "this is" if sys.prefix == sys.base_prefix else "environment"
     yield Check(
         "Python", sys.version_info >= (3, 11), f"{version}, {home} {Path(sys.prefix).name}", "use 3.11 or newer"

@@ -118,7 +118,7 @@ LAYOUTS = {"bad": bad_messages, "good": good_messages}
 
 async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) -> None:
     """Ask bad and good in ABBA order, so that a drifting machine favours neither, and judge the token counts."""
-    run.print_pair_head("the clock opens the prompt", "the clock rides with the question")
+    run.print_pair_head("the clock opens the prompt", "clock rides with the question")
     for n in range(run.args.requests):
         row = {arm: await engine.ask(prompts[arm][n], "main", arm, n) for arm in (LAYOUTS, reversed(LAYOUTS))[n % 2]}
         run.print_pair(n, **row)
@@ -143,8 +143,8 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
 
 
 async def position_sweep(run: Run, engine: Engine, system: str) -> None:
-    """Change one token at five places of one prompt; at 0 % the change is one more space."""
-    base = run.encode(good_messages(system, 0))
+    """Change one token at five places of one prompt; at 0 % the change is one more space between two words."""
+    base, words = run.encode(good_messages(system, 0)), system.split(" ")
     run.print("\n[bold]Where the change stands[/]: one token differs, everything after it is lost")
     run.print(f"{'changed at':<20}{'cached / prompt':>18}{'TTFT':>10}")
     await engine.reset()
@@ -152,18 +152,19 @@ async def position_sweep(run: Run, engine: Engine, system: str) -> None:
     for percent in (0, 25, 50, 75, 100):
         at = min(len(base) * percent // 100, len(base) - 1)
         others = sorted(set(base) - {base[at]})
-        measured = []
+        measured, kept = [], []
         for n in range(3):
             ids = [*base[:at], others[n], *base[at + 1 :]]
-            if percent == 0:
-                ids = run.encode(good_messages(" " * (n + 1) + system, 0))
+            if percent == 0:  # not before the first word: some templates strip what stands there
+                ids = run.encode(good_messages(" ".join([*words[: n + 1], "", *words[n + 1 :]]), 0))
             measured.append(await engine.ask(ids, "position", f"{percent}%", n))
-        kept = run.whole_blocks(common_prefix(base, ids))
-        run.claim(f"a change at {percent} % leaves the blocks before it", {m.cached_tokens for m in measured} == {kept},
-                  f"{measured[0].cached_tokens:,} cached, {kept:,} before the change")  # fmt: skip
+            kept.append(run.whole_blocks(common_prefix(base, ids)))
+        found = [m.cached_tokens for m in measured]
+        run.claim(f"a change at {percent} % leaves the blocks before it", found == kept,
+                  f"{found} tokens cached, {kept} before the change")  # fmt: skip
         ttft = statistics.median(m.ttft_ms for m in measured)
         label = f"{percent} %" + (" (extra space)" if percent == 0 else "")
-        counts = f"{measured[0].cached_tokens:,} / {measured[0].prompt_tokens:,}"
+        counts = f"{found[0]:,} / {measured[0].prompt_tokens:,}"
         run.print(f"{label:<20}{counts:>18}{milliseconds(ttft):>10}  {run.bar(hit_rate(measured))}")
 
 
@@ -189,7 +190,7 @@ async def user_data(run: Run, engine: Engine, system: str) -> None:
 
 async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> None:
     """Miss and hit at growing length. Decoding is the control: a hit skips prefill only."""
-    run.print("\n[bold]Prompt length[/]: a miss grows with it, a hit hardly; decoding (TPOT) is the control")
+    run.print("\n[bold]Prompt length[/]: a miss grows, a hit hardly; decoding (TPOT) is the control")
     run.print("  tokens      miss       hit  speed-up   bound  reached  TPOT: miss      hit")
     for length in (run.args.prefix_tokens * eighths // 8 for eighths in (1, 2, 4, 8, 16)):
         if not 2 * run.block_size <= length <= len(ids):
@@ -208,7 +209,7 @@ async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> None:
         )
         most = max(m.computed_tokens for m in arms["hit"])
         run.claim(f"a hit of {length} tokens computes at most one block", most <= run.block_size, f"{most} tokens")
-    run.print("bound: prompt / computed tokens. What is missing from it is the fixed cost of a step.")
+    run.print("bound: prompt / computed tokens; what is missing is the fixed cost of a step")
 
 
 async def naive_speed_up(run: Run) -> None:
@@ -216,9 +217,9 @@ async def naive_speed_up(run: Run) -> None:
     first, miss, hit = run.arm("warm_up", "decoy")
     times = [milliseconds(m.ttft_ms) for m in (first, miss, hit)]
     run.print(f"\n[bold]Without a warm-up[/] ({first.prompt_tokens:,} tokens, one sample each)")
-    run.print(f"first request of the engine {times[0]}, a miss once it is warm {times[1]}, a hit {times[2]}")
+    run.print(f"first request of the engine {times[0]}, a miss when warm {times[1]}, a hit {times[2]}")
     naive, honest = (m.ttft_ms / hit.ttft_ms for m in (first, miss))
-    run.print(f"naive speed-up {naive:.1f}x, honest {honest:.1f}x: the difference has nothing to do with the cache.")
+    run.print(f"naive speed-up {naive:.1f}x, honest {honest:.1f}x: the cache has no part in the difference")
 
 
 async def lesson(run: Run) -> None:
@@ -439,7 +440,9 @@ class Run:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
-        self.print = self.console.print
+        self.print = functools.partial(
+            self.console.print, soft_wrap=True
+        )  # a row is a row; tests hold it to 80 columns
         self.engines: list[Engine] = []
         self.elsewhere: list[Measurement] = []  # measured on something that is no vLLM engine
         self.claims: list[Claim] = []
@@ -458,9 +461,13 @@ class Run:
 
     @contextlib.contextmanager
     def timed(self, what: str, label: str = "") -> Iterator[None]:
-        """Add the seconds that pass inside to `seconds[what]`, with a spinner where there is a label and a terminal."""
-        start = time.perf_counter()
-        with self.console.status(label) if label else contextlib.nullcontext():
+        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
+        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+        start, shown = time.perf_counter(), bool(label) and self.console.is_terminal
+        columns = SpinnerColumn(), label, TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True, disable=not shown) as progress:
+            progress.add_task(label)
             yield
         self.seconds[what] += time.perf_counter() - start
 
@@ -543,7 +550,7 @@ class Run:
         length = longest + OUTPUT_TOKENS
         if length > self.max_model_len:
             limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
-            raise UsageError(f"{limit}: choose a smaller --prefix-tokens")
+            raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens)")
         kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
         counters = CacheCounters()
         try:
@@ -566,7 +573,7 @@ class Run:
 
     def print_banner(self) -> None:
         self.environment["kv_cache_tokens"] = self.engines[0].kv_cache_tokens
-        self.print(
+        self.console.print(  # names of models and devices may be long: this may wrap
             "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n"
             "blocks of {block_size} tokens, KV cache of {kv_cache_tokens:,} tokens".format_map(self.environment)
         )
@@ -596,9 +603,10 @@ class Run:
         """Show where two prompts first differ, and which blocks that costs."""
         at, blocks = common_prefix(before, after), len(after) // self.block_size
         lost = blocks - at // self.block_size
-        self.print(f"\n{which} first differ at token {at:,} of {len(after):,}; blocks lost: {lost} of {blocks}")
+        self.print(f"\n{which} first differ at token {at:,} of {len(after):,}: {lost} of {blocks} blocks lost")
         for ids in (before, after):
-            self.print(f"  {self.tokenizer.decode(ids[max(0, at - 24) : at + 6])[-74:]!r}", markup=False)
+            text = repr(self.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
+            self.print(f"  {text if len(text) <= 78 else f'...{text[-75:]}'}", markup=False)
 
     def finish(self) -> int:
         """Check every prediction, print the failed claims, write the JSON, and return the exit status."""
@@ -616,7 +624,7 @@ class Run:
         self.claim("vLLM's own counters agree with the requests", counted == summed, evidence)
         failed = [claim for claim in self.claims if not claim.holds]
         for claim in failed:
-            self.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
+            self.console.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
         held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
         self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s")
         if self.args.json:
@@ -706,8 +714,14 @@ def root_cause(error: EngineError, log: str) -> str:
     return causes[0] if causes else telling_line(error.__cause__ or error)
 
 
+def free_memory() -> int:
+    """Return how many bytes can be had without swapping, as the kernel estimates it (proc(5): MemAvailable)."""
+    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write all of `content` or nothing."""
+    path = path.resolve()  # what a link points to is written, the link stays
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
@@ -719,8 +733,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def json_path(name: str) -> Path:
     try:
-        if Path(name).is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if Path(name).exists() and not Path(name).is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error

@@ -25,7 +25,7 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # 0.5b, 1.5b and 7b: the dimensions published in the config.json of Qwen2.5-*-Instruct.
 # cpu: chosen by measuring on two cores, see the README of the repository.
 SHAPES = {
-    "cpu": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
+    "cpu": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
                 num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=True),
     "0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                  num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),

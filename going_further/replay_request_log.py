@@ -22,7 +22,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter, OrderedDict, deque
@@ -39,6 +38,7 @@ from stable_prefix_vs_timestamp import (
     at_least,
     common_prefix,
     find_model,
+    free_memory,
     lesson_parser,
     milliseconds,
     render,
@@ -136,6 +136,8 @@ def parse_line(raw: bytes, line: int, offset: int) -> Request:
 def read_log(path: Path, limit: int | None) -> Iterator[Request]:
     """Yield the requests of a log, blank lines left out; raise UsageError for what is no log."""
     offset = found = 0
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is no regular file: the log is read more than once")
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
@@ -376,9 +378,8 @@ async def with_engine(run: Run) -> None:
 
 def check_memory(run: Run, kv_bytes: int) -> None:
     """Raise LessonError where the cache for a whole log does not fit; on a GPU vLLM itself finds out."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not run.on_gpu and kv_bytes > available:
-        sizes = f"the KV of this log takes {kv_bytes / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+    if not run.on_gpu and kv_bytes > free_memory():
+        sizes = f"the KV of this log takes {kv_bytes / 2**30:.1f} GiB, {free_memory() / 2**30:.1f} GiB are free"
         raise LessonError(f"{sizes}: use --without-engine, or --limit N")
 
 

@@ -57,6 +57,17 @@ def test_both_arms_send_the_same_words_and_no_marker(n: int) -> None:
     assert MARKER not in " ".join(words[0])
 
 
+@pytest.mark.parametrize(
+    "static", ["One. Two.\nThree.", "one two three " * 9, "你是图书馆的服务台" * 9, "x", "A sentence.\n"]
+)
+def test_in_bad_the_data_stands_inside_every_static_part_and_nothing_of_it_is_lost(static: str) -> None:
+    inside = bad_messages(f"{static}{MARKER}Why?", 1)[0]["content"]
+    before, after = inside.split(f"{reader(1)}\n")
+    assert before + after == static
+    assert len(before) <= len(static) / 2 + 1
+    assert after
+
+
 def test_in_good_the_system_message_is_the_same_for_every_reader() -> None:
     prompt = default_prompt(300, len)
     assert good_messages(prompt, 1)[0] == good_messages(prompt, 2)[0]

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import run_all_examples
-from stable_prefix_vs_timestamp import CacheModel, EngineError, Measurement, common_prefix, root_cause, time_verdict
+from stable_prefix_vs_timestamp import (
+    CacheModel,
+    EngineError,
+    LessonError,
+    Measurement,
+    common_prefix,
+    root_cause,
+    time_verdict,
+    write_json,
+)  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 LESSONS = [ROOT / f"{lesson.name}.py" for lesson in run_all_examples.LESSONS.values()]
@@ -95,3 +104,17 @@ def test_the_root_cause_is_the_first_exception_that_is_no_wrapper() -> None:
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert root_cause(EngineError("vLLM did not start"), log) == "ValueError: the KV cache is too small"
+
+
+def test_json_goes_where_a_link_points_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    write_json(tmp_path / "link.json", {"n": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "file.json").read_text() == '{\n "n": 1\n}\n'
+
+
+def test_json_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file.json").mkdir()
+    with pytest.raises(LessonError, match="cannot write"):
+        write_json(tmp_path / "file.json", {"n": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]

@@ -168,7 +168,7 @@ def test_what_is_no_log_is_one_line_that_names_the_line(tmp_path: Path, content:
 
 
 def test_faults_end_the_command_with_one_line_and_status_2(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.jsonl", log(tmp_path, b"oops\n")):
+    for path in (tmp_path / "none.jsonl", tmp_path, log(tmp_path, b"oops\n")):
         done = replay(path)
         assert (done.returncode, done.stdout) == (2, "")
         assert len(done.stderr.splitlines()) == 1

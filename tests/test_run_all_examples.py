@@ -37,7 +37,15 @@ def test_what_is_no_example_is_refused_with_usage(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--requests", "1"], ["--prefix-tokens", "many"], ["--json", "/no/such/folder/x.json"], ["--bogus"]]
+    "words",
+    [
+        ["--requests", "1"],
+        ["--prefix-tokens", "many"],
+        ["--json", "/no/such/folder/x.json"],
+        ["--json", "/dev/null"],
+        ["--json", "."],
+        ["--bogus"],
+    ],
 )
 def test_bad_options_are_refused_before_any_lesson_starts(words: list[str]) -> None:
     done = run("1", *words)

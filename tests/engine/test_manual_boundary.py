@@ -51,11 +51,20 @@ def test_deeper_shows_the_boundary_in_three_wrong_places(run_script, check_resul
     assert done.rows("boundary_store", "inside a token")[0]["cached_tokens"] == 0
 
 
-def test_a_prompt_file_of_ones_own_runs_with_another_architecture(run_script, check_result, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "static",
+    [
+        "Du bist ein Übersetzer.\n" + "Antworte knapp und höflich. " * 60,
+        "one long line without an end " * 40,  # no sentence ends, no line does
+        "你是图书馆的服务台帮助读者" * 12,  # no space between words either
+    ],
+    ids=["sentences", "words", "characters"],
+)
+def test_a_prompt_file_of_ones_own_runs_with_another_architecture(
+    static: str, run_script, check_result, tmp_path: Path
+) -> None:
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text(
-        "Du bist ein Übersetzer.\n" + "Antworte knapp und höflich. " * 60 + "// __CACHE_END__\nWas heißt 猫?"
-    )
+    prompt.write_text(f"{static}// __CACHE_END__ Was heißt 猫?", encoding="utf-8")
     model = write_llama(tmp_path / "llama")
     options = ["--prompt-file", str(prompt), "--model", str(model), "--block-size", "32", "--requests", "3", "--deeper"]
     done = run_script(SCRIPT, *options)
@@ -63,11 +72,12 @@ def test_a_prompt_file_of_ones_own_runs_with_another_architecture(run_script, ch
     check_result(done.result, "manual_cache_boundary")
 
 
-def test_a_prefix_shorter_than_a_block_is_a_stated_warning(run_script, tmp_path: Path) -> None:
+def test_a_prefix_shorter_than_a_block_is_refused_before_an_engine_starts(run_script, tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("Be kind.\n// __CACHE_END__\nHello?")
-    done = run_script(SCRIPT, "--prompt-file", str(prompt), "--requests", "2")
-    assert "shorter than a block" in done.out
+    done = run_script(SCRIPT, "--prompt-file", str(prompt))
+    assert (done.status, done.out, len(done.err.splitlines())) == (2, "", 1)
+    assert "tokens, less than a block of 128" in done.err
 
 
 def test_a_prompt_file_without_marker_is_refused_before_anything_starts(run_script, tmp_path: Path) -> None:

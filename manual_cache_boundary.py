@@ -650,11 +650,12 @@ class Run:
         path = Path(name)
         real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
         # Eager: the lessons measure prefill, and capturing graphs only lengthens the start. The utilization is but a
-        # check at the start once the size of the cache is given; 0.1 keeps it out of the way on a shared GPU.
+        # check at the start once the size of the cache is given; 0.1 keeps it out of the way on a shared GPU. No hybrid
+        # manager: beside layers of full attention it would drop what sliding windows have left, a cache of other rules.
         self.engine_args = functools.partial(
             vllm.AsyncEngineArgs, model=name, load_format="auto" if real else "dummy", block_size=args.block_size,
             enable_prefix_caching=not args.no_prefix_caching, enforce_eager=True, gpu_memory_utilization=0.1,
-            max_num_seqs=16,
+            max_num_seqs=16, disable_hybrid_kv_cache_manager=True,
         )  # fmt: skip
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -664,6 +665,8 @@ class Run:
         shape, parallel = config.model_config, config.parallel_config
         if shape.is_hybrid or shape.is_attention_free:
             raise LessonError(f"{name} is not a full-attention model; its cache hits cannot be predicted here")
+        kinds = shape.hf_text_config.to_dict().get("layer_types") or ()
+        self.window: int | None = None if "full_attention" in kinds else shape.get_sliding_window()
         heads, layers = shape.get_num_kv_heads(parallel), shape.get_num_layers(parallel)
         self.dtype_bytes: int = shape.dtype.itemsize
         self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
@@ -704,7 +707,7 @@ class Run:
         """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
 
         `more` are further arguments of vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt,
-        EngineError where vLLM does not start.
+        or its attention none of full length, EngineError where vLLM does not start.
         """
         from vllm import AsyncLLMEngine
 
@@ -712,6 +715,9 @@ class Run:
         if length > self.max_model_len:
             limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
             raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens)")
+        if self.window and length > self.window:
+            limit = f"every layer of this model has a sliding window, of {self.window:,} tokens"
+            raise UsageError(f"{limit}: beyond it nothing is predicted; choose a shorter prompt (--prefix-tokens)")
         kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
         counters = CacheCounters()
         try:

@@ -503,7 +503,7 @@ def server_command(model: str, served: str, on_gpu: bool) -> list[str]:
     return [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", served,
         "--load-format", "auto" if real else "dummy", "--enforce-eager", "--max-num-seqs", "16",
-        "--enable-prefix-caching", "--enable-prompt-tokens-details",
+        "--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-hybrid-kv-cache-manager",
         # The longest prompt is what fits into this cache. With its size given, the utilization is but a check at the
         # start; 0.1 keeps it out of the way of several servers on one GPU.
         "--kv-cache-memory-bytes", str(2**31 if on_gpu else 2**29), "--max-model-len", "auto",

@@ -14,7 +14,7 @@ LLAMA_TEMPLATE = (
 )
 
 
-def write_llama(folder: Path, template: str = LLAMA_TEMPLATE, **shape: int) -> Path:
+def write_llama(folder: Path, template: str = LLAMA_TEMPLATE, **shape: object) -> Path:
     """Write a small Llama shape with a SentencePiece-style tokenizer of its own (700 entries); no weights.
 
     `shape` replaces entries of config.json.

@@ -70,6 +70,16 @@ def test_an_engine_that_cannot_start_is_one_line_with_the_root_cause_and_the_log
     assert left_behind(temporary) == []
 
 
+def test_a_window_in_every_layer_that_a_prompt_exceeds_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=512)
+    model = write_llama(tmp_path / "mistral", **mistral)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--model", model, "--prefix-tokens", "600"], capture_output=True, text=True
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "every layer of this model has a sliding window, of 512 tokens" in done.stderr
+
+
 def test_a_kv_cache_larger_than_the_memory_is_one_line(tmp_path: Path, temporary: Path) -> None:
     huge = {"num_hidden_layers": 20, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 256}
     model = write_llama(tmp_path / "huge", max_position_embeddings=40000, **huge)

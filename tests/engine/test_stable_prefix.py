@@ -104,3 +104,15 @@ def test_another_architecture_tokenizer_template_and_block_size(
     assert done.result["environment"]["block_size"] == block_size
     shared = {m["cached_tokens"] for m in done.rows("main", "good")[1:]}
     assert all(cached >= 1500 - 2 * block_size and cached % block_size == 0 for cached in shared)
+
+
+def test_layers_with_a_sliding_window_beside_full_ones_are_cached_like_those(
+    run_script, check_result, tmp_path: Path
+) -> None:
+    gemma = dict(architectures=["Gemma3ForCausalLM"], model_type="gemma3_text", query_pre_attn_scalar=32)
+    kinds = ["sliding_attention", "full_attention"]
+    model = write_llama(tmp_path / "gemma", **gemma, sliding_window=256, layer_types=kinds)
+    done = run_script(SCRIPT, "--model", str(model), "--prefix-tokens", "1500", "--requests", "3")
+    assert done.status == 0, done.out + done.err
+    check_result(done.result, "stable_prefix_vs_timestamp")
+    assert min(m["cached_tokens"] for m in done.rows("main", "good")[1:]) > 256

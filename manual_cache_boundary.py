@@ -349,11 +349,11 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
     early = f"{found['too early']:,} of {found['right']:,} tokens"
     run.claim("a boundary too early leaves less to find", found["too early"] < found["right"], early)
     late = run.arm("boundary_store", "too late")[0].cached_tokens
-    run.claim("a boundary too late: nothing in the store, on vLLM what is static",
-              late == 0 and found["too late"] == found["right"], f"{late:,}, {found['too late']:,} tokens")  # fmt: skip
+    run.claim("a boundary too late: nothing in the store, on vLLM all that is static",
+              late == 0 and found["too late"] >= found["right"], f"{late:,}, {found['too late']:,} tokens")  # fmt: skip
     if "inside a token" in primed:
         lost = len(primed["inside a token"]) - found["inside a token"]
-        run.claim("a boundary inside a token loses a block", lost == run.block_size, f"{lost} tokens")
+        run.claim("a boundary inside a token loses a block", lost >= run.block_size, f"{lost} tokens")
 
 
 async def lesson(run: Run) -> None:

@@ -312,8 +312,9 @@ def moved_share(sessions: int, before: int, after: int) -> dict[str, float]:
 
 async def lost_worker(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     """Shut a worker down in the middle: its sessions move once, pay one cold turn, and go on."""
-    shares = ", ".join(f"{name} moves {share:.1%}" for name, share in moved_share(5000, 8, 7).items())
-    run.print(f"\n[bold]A worker of 8 is lost[/]: of 5,000 sessions {shares}")
+    share = moved_share(5000, 8, 7)
+    moves = f"rendezvous moves {share['rendezvous']:.1%}, modulo {share['modulo']:.1%} of 5,000 sessions"
+    run.print(f"\n[bold]A worker of 8 is lost[/]: {moves}")
     for engine in workers:
         await engine.reset()
     await prime(run, workers, "good", [prompts[0] for prompts in traffic.prompts.values()])

@@ -166,7 +166,7 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     print_cost(run, bad, good)
 
     edited, kept = prompts["bad"], prompts["good"]
-    before = [run.whole_blocks(common_prefix(a, b)) for a, b in itertools.pairwise(edited)]
+    before = [run.whole_blocks(max(common_prefix(a, b) for a in edited[:n])) for n, b in enumerate(edited) if n]
     run.claim("in place: no turn finds more than what stands before the edit",
               all(m.cached_tokens <= whole for m, whole in zip(bad[1:], before, strict=True)),
               f"at most {max(m.cached_tokens for m in bad[1:]):,} cached, {max(before):,} before the edit")  # fmt: skip
@@ -216,17 +216,6 @@ def print_cost(run: Run, bad: list[Measurement], good: list[Measurement]) -> Non
     run.print(f"cost {bills[1] / bills[0] - 1:+.0%}; {says}")
 
 
-def check_template(run: Run, conversation: list[list[dict]]) -> None:
-    """Raise LessonError unless the template renders each turn as a prefix of the next, token for token."""
-    for n, (before, after) in enumerate(itertools.pairwise(conversation)):
-        ids, longer = run.encode(before, answer=False), run.encode(after)
-        at = common_prefix(ids, longer)
-        if at < len(ids):
-            where = f"turn {n + 1} departs from turn {n} at token {at} ({run.tokenizer.decode(ids[at : at + 8])!r})"
-            raise LessonError(f"the model's chat template is not prefix-stable, {where}: append-only cannot help; "
-                              "choose a --model whose template leaves old messages as they were")  # fmt: skip
-
-
 # --- the further experiments: --deeper ---
 
 
@@ -261,20 +250,21 @@ async def compaction(run: Run, engine: Engine, static: str) -> None:
         run.print(f"{name:<16}" + "".join(f"{value:>6,}" for value in values[-10:]))
     lengths = folded[-1].prompt_tokens, kept[-1].prompt_tokens
     run.claim("a folded log is a shorter prompt", lengths[0] < lengths[1], "{:,} and {:,} tokens".format(*lengths))
-    most = max(m.computed_tokens for m in folded[fold + 1 :]) if folded[fold + 1 :] else 0
-    run.claim("after the cold turn it is cheap again", most < folded[fold].computed_tokens,
-              f"at most {most:,} tokens computed, {folded[fold].computed_tokens:,} at the fold")  # fmt: skip
+    if later := [m.computed_tokens for m in folded[fold + 1 :]]:
+        run.claim("after the cold turn it is cheap again", max(later) < folded[fold].computed_tokens,
+                  f"at most {max(later):,} tokens computed, {folded[fold].computed_tokens:,} at the fold")  # fmt: skip
 
 
 async def generated_tokens(run: Run, engine: Engine, static: str) -> None:
     """Send back what the model wrote, as its token ids or as text that is tokenised again."""
+    known = sorted(run.tokenizer.get_vocab().values())  # the built-in shapes have room for more than that
     ids = run.encode(good_messages(static, 0))
     ids = ids[: run.whole_blocks(len(ids)) - 8]  # so that what is generated completes a block
     following = run.encode([{"role": "user", "content": "Go on."}])
     run.print("\n[bold]Generated tokens as history[/]: ids are found again, text encoded anew may not be")
     run.print(f"{'sent back as':<14}{'history':>9}{'cached':>9}   first difference in the generated part")
     for arm in ("ids", "text"):
-        await engine.ask(ids, "generated", arm, 0, salt=arm, max_tokens=OUTPUT_TOKENS, seed=1)
+        await engine.ask(ids, "generated", arm, 0, salt=arm, max_tokens=OUTPUT_TOKENS, sample_from=known)
         written = engine.output_ids
         text = run.tokenizer.decode(written, skip_special_tokens=False)
         again = written if arm == "ids" else run.tokenizer.encode(text, add_special_tokens=False)
@@ -312,7 +302,7 @@ def print_arms(run: Run, arms: dict[str, list[Measurement]]) -> None:
 async def lesson(run: Run) -> None:
     run.load_model()
     static, turns = instructions(run.args.prefix_tokens, run.count), range(run.args.requests)
-    check_template(run, [good_messages(static, n) for n in turns])
+    run.check_template([good_messages(static, n) for n in turns])
     prompts = {arm: [run.encode(layout(static, n)) for n in turns] for arm, layout in LAYOUTS.items()}
     engine = await run.open_engine(max(map(len, itertools.chain(*prompts.values()))) + run.block_size, prompts=16)
     with run.timed("measuring"):
@@ -348,6 +338,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -480,19 +471,20 @@ class Engine:
         session: str | None = None,
         salt: str | None = None,
         max_tokens: int = 1,
-        seed: int | None = None,
+        sample_from: list[int] | None = None,
     ) -> Measurement:
         """Predict, send one prompt, read its stream to the end, record both.
 
-        A `salt` keeps equal prompts of different arms apart in the cache; a `seed` asks for sampled tokens.
+        A `salt` keeps equal prompts of different arms apart in the cache. `sample_from` asks for tokens that are drawn
+        from these, from a fixed seed, instead of the likeliest ones.
         """  # fmt: skip
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
         predicted, first, output = self.cache_model.cached_tokens(ids, salt), None, None
         prompt = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
-        temperature = 0.0 if seed is None else 1.0
-        params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
+        drawn = dict(temperature=1.0, seed=1, allowed_token_ids=sample_from) if sample_from else dict(temperature=0.0)
+        params = SamplingParams(**drawn, max_tokens=max_tokens, ignore_eos=True)
         start = time.perf_counter()
         try:
             async for output in self.vllm_engine.generate(prompt, params, str(uuid.uuid4())):  # noqa: B007, read below
@@ -534,9 +526,8 @@ class Run:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
-        self.print = functools.partial(
-            self.console.print, soft_wrap=True
-        )  # a row is a row; tests hold it to 80 columns
+        # A row is a row: one of more than 80 columns is seen as such by the tests, not broken into two.
+        self.print = functools.partial(self.console.print, soft_wrap=True)
         self.engines: list[Engine] = []
         self.elsewhere: list[Measurement] = []  # measured on something that is no vLLM engine
         self.claims: list[Claim] = []
@@ -579,7 +570,8 @@ class Run:
         self.on_gpu = on_gpu = not current_platform.is_cpu()
         device = current_platform.get_device_name() if on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
         name = name or find_model(str(built_in / ("1.5b" if on_gpu else "cpu")))
-        args.prefix_tokens = args.prefix_tokens or (8000 if on_gpu else 4000)
+        if args.prefix_tokens is None:
+            args.prefix_tokens = 8000 if on_gpu else 4000
         path = Path(name)
         real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
         # Eager: the lessons measure prefill, and capturing graphs only lengthens the start. The utilization is but a
@@ -591,7 +583,7 @@ class Run:
             max_num_seqs=16, disable_hybrid_kv_cache_manager=True,
         )  # fmt: skip
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
             config = self.engine_args().create_engine_config()
         except (OSError, ValueError) as error:
             raise LessonError(f"vLLM cannot use the model in {name}: {telling_line(error)}") from error
@@ -604,8 +596,9 @@ class Run:
         self.dtype_bytes: int = shape.dtype.itemsize
         self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
         self.max_model_len, self.block_size = shape.max_model_len, config.cache_config.block_size
-        if args.prefix_tokens < 2 * self.block_size:
+        if 0 < args.prefix_tokens < 2 * self.block_size:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * self.block_size} tokens here")
+        self.check_length(args.prefix_tokens)
         self.environment = {
             "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": platform.python_version(), "device": device,
@@ -613,7 +606,8 @@ class Run:
             "weights": "real" if real else "random", "dtype": str(shape.dtype).removeprefix("torch."),
             "block_size": self.block_size, "prefix_tokens": args.prefix_tokens, "requests": args.requests,
             "started_at": f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
-            "command": " ".join(["python", *(Path(w).name if w.startswith("/") else w for w in sys.orig_argv[1:])]),
+            "command": " ".join(["python", *(re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:])]),
+            "config_sha256": hashlib.sha256((path / "config.json").read_bytes()).hexdigest() if path.is_dir() else None,
         }  # fmt: skip
 
     def whole_blocks(self, tokens: int) -> int:
@@ -636,21 +630,40 @@ class Run:
         """Return the token ids of a chat; the template writes the special tokens itself."""
         return self.tokens(self.render(messages, answer))
 
-    def start_engine(self, longest: int, worker: int | None = None, prompts: int = 8, **more: object) -> Engine:
-        """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
-
-        `more` are further arguments of vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt,
-        or its attention none of full length, EngineError where vLLM does not start.
-        """
-        from vllm import AsyncLLMEngine
-
-        length = longest + OUTPUT_TOKENS
+    def check_length(self, prompt: int) -> None:
+        """Raise UsageError where the model takes no prompt of so many tokens, or does not look back as far."""
+        length = prompt + OUTPUT_TOKENS
         if length > self.max_model_len:
             limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
             raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens)")
         if self.window and length > self.window:
             limit = f"every layer of this model has a sliding window, of {self.window:,} tokens"
             raise UsageError(f"{limit}: beyond it nothing is predicted; choose a shorter prompt (--prefix-tokens)")
+
+    def check_template(self, conversation: list[list[dict]]) -> None:
+        """Raise LessonError unless the template renders each turn as a prefix of the next, token for token."""
+        for n, (before, after) in enumerate(itertools.pairwise(conversation)):
+            ids, longer = self.encode(before, answer=False), self.encode(after)
+            at = common_prefix(ids, longer)
+            if at < len(ids):
+                where = (
+                    f"turn {n + 1} departs from turn {n} at token {at} ({self.tokenizer.decode(ids[at : at + 8])!r})"
+                )
+                raise LessonError(
+                    f"the model's chat template is not prefix-stable, {where}: append-only cannot help; "
+                    "choose a --model whose template leaves old messages as they were"
+                )
+
+    def start_engine(self, longest: int, worker: int | None = None, prompts: int = 8, **more: object) -> Engine:
+        """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
+
+        `more` are further arguments of vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt,
+        EngineError where vLLM does not start.
+        """
+        from vllm import AsyncLLMEngine
+
+        self.check_length(longest)
+        length = longest + OUTPUT_TOKENS
         kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
         counters = CacheCounters()
         try:
@@ -659,8 +672,11 @@ class Run:
             vllm_engine = AsyncLLMEngine.from_engine_args(args, stat_loggers=[lambda *_: counters])
         except (OSError, RuntimeError, ValueError) as error:
             raise EngineError("vLLM did not start") from error
-        self.engines.append(Engine(vllm_engine, counters, worker))
-        return self.engines[-1]
+        engine = Engine(vllm_engine, counters, worker)
+        self.engines.append(engine)
+        if engine.block_size != self.block_size:  # some backends decide only once the engine is there
+            raise UsageError(f"this device wants other blocks: add --block-size {engine.block_size}")
+        return engine
 
     async def open_engine(self, longest: int, **more: object) -> Engine:
         """Start one engine, warm it up, and print what the numbers will depend on."""
@@ -764,8 +780,11 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def time_verdict(bad: list[Measurement], good: list[Measurement]) -> str:
-    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart."""
+def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = True) -> str:
+    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart.
+
+    The bound is what computing fewer tokens can give at most. Requests that are not `alone` also wait, so have none.
+    """
     slow, fast = ([m.ttft_ms for m in arm] for arm in (bad, good))
     change = f"{milliseconds(statistics.median(slow))} to {milliseconds(statistics.median(fast))}"
     if statistics.median(slow) <= statistics.median(fast):
@@ -773,8 +792,10 @@ def time_verdict(bad: list[Measurement], good: list[Measurement]) -> str:
     if min(slow) <= max(fast):
         return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
     factor = statistics.median(slow) / statistics.median(fast)
-    bound = sum(m.prompt_tokens for m in good) / sum(m.computed_tokens for m in good)
-    return f"TTFT fell from {change}: {factor:.1f}x of at most {bound:.0f}x (prompt / computed)."
+    bound = sum(m.computed_tokens for m in bad) / sum(m.computed_tokens for m in good)
+    return f"TTFT fell from {change}: {factor:.1f}x" + (
+        f" of at most {bound:.0f}x (tokens computed)." if alone else "."
+    )
 
 
 def find_model(name: str) -> str:
@@ -850,19 +871,25 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def lesson_parser(doc: str, requests: int | None) -> argparse.ArgumentParser:
-    """Return the command line that all lessons share; `requests` is this lesson's default."""
+def engine_parser(doc: str) -> argparse.ArgumentParser:
+    """Return the command line of everything that starts an engine."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
-    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
-    own = requests or "each lesson's own"
-    add("--requests", type=at_least(2), default=requests, help=f"requests per arm; 0 fills the cache (default: {own})")
     add("--block-size", type=at_least(1), help="tokens per block (default: vLLM's, 128 on a CPU, 16 on most GPUs)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
-    add("--deeper", action="store_true", help="add this lesson's further experiments")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
+    return parser
+
+
+def lesson_parser(doc: str, requests: int | None) -> argparse.ArgumentParser:
+    """Return the command line that all lessons share; `requests` is this lesson's default."""
+    parser, own = engine_parser(doc), requests or "each lesson's own"
+    add = parser.add_argument
+    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
+    add("--requests", type=at_least(2), default=requests, help=f"requests per arm; 0 fills the cache (default: {own})")
+    add("--deeper", action="store_true", help="add this lesson's further experiments")
     return parser
 
 

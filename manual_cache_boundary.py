@@ -117,7 +117,8 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     bad, good = run.arm("main", "bad")[1:], run.arm("main", "good")[1:]
     run.print_comparison(bad, good)
 
-    inside, static = (run.whole_blocks(min(common_prefix(p[0], other) for other in p[1:])) for p in prompts.values())
+    inside = run.whole_blocks(max(itertools.starmap(common_prefix, itertools.combinations(prompts["bad"], 2))))
+    static = run.whole_blocks(min(common_prefix(prompts["good"][0], ids) for ids in prompts["good"][1:]))
     run.claim("dynamic data inside loses all static text behind it", max(m.cached_tokens for m in bad) <= inside,
               f"at most {max(m.cached_tokens for m in bad):,} tokens found, {inside:,} before the data")  # fmt: skip
     run.claim("split at the marker, the first user finds the static part", good[0].cached_tokens >= static > inside,
@@ -138,6 +139,10 @@ class Entry:
     nbytes: int
     stored_at: float  # seconds, on the store's clock
     pinned: bool
+
+
+def kv_nbytes(kv: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in kv.layers)
 
 
 class PrefixStore:
@@ -161,7 +166,7 @@ class PrefixStore:
 
     def put(self, ids: list[int], kv: DynamicCache, pinned: bool = False) -> None:
         """Keep a copy of `kv`, the KV of exactly `ids`. Raises ValueError for what cannot or must not be kept."""
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in kv.layers)
+        size = kv_nbytes(kv)
         if kv.get_seq_length() != len(ids):
             raise ValueError(f"KV of {kv.get_seq_length()} tokens does not belong to {len(ids)} token ids")
         if size > self.max_bytes:
@@ -205,8 +210,11 @@ class ExplicitEngine:
 
     tolerance = 1e-3  # of logits in float32, which differ by rounding only; other dtypes would need more
 
-    def __init__(self, model: str, on_gpu: bool) -> None:
-        """Find out whether the model can be had at all; `load` makes it."""
+    def __init__(self, model: str, on_gpu: bool, kv_bytes: int) -> None:
+        """Find out whether there is such a model and memory for it; `load` makes it.
+
+        `kv_bytes` is the size of the longest prompt's KV: a request, its entry in the store and copies of both.
+        """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -216,21 +224,27 @@ class ExplicitEngine:
                 network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         except (ImportError, ValueError) as error:
             raise LessonError(f"transformers cannot build the model in {model}: {telling_line(error)}") from error
-        need, free = sum(parameter.nbytes for parameter in network.parameters()), free_memory()
-        if need > free:
-            sizes = f"this model in float32 needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-            raise LessonError(f"{sizes}: choose a smaller --model")
+        self.nbytes = sum(parameter.nbytes for parameter in network.parameters()) + 4 * kv_bytes
+        self.check_memory(free_memory())  # a model for the GPU is made in main memory, too
+
+    def check_memory(self, free: int) -> None:
+        if self.nbytes > free:
+            sizes = f"this model in float32 needs {self.nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            raise LessonError(f"{sizes}: choose a smaller --model, or a smaller --prefix-tokens")
 
     def load(self, length: int) -> None:
         """Make the model, with random weights, and warm it up with `length` unrelated tokens."""
         import torch
         from transformers import AutoModelForCausalLM
 
+        if self.device == "cuda":
+            self.check_memory(torch.cuda.mem_get_info()[0])
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # leave one core free, as vLLM does
         torch.manual_seed(0)  # normally initialised: with vLLM's tiny dummy weights all prompts give the same logits
         network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         self.network = network.eval().to(self.device)
-        self.prefill([5] * length)
+        kv, _ = self.prefill([5] * length)
+        self.store_bytes = 2 * kv_nbytes(kv)  # a store that holds two prompts
 
     def prefill(self, ids: list[int], kv: DynamicCache | None = None) -> tuple[DynamicCache, Tensor]:
         """Return the KV of `ids` and the logits of the next token, shape (vocabulary,).
@@ -266,7 +280,7 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
     """Send the good prompts to an engine without automatic prefix caching, with a store and without one."""
     run.print("\n[bold]On transformers, without automatic prefix caching[/] (float32, normal weights)")
     run.print_pair_head("everything is prefilled", "PrefixStore, marked prefix")
-    store = PrefixStore(max_bytes=2**30, ttl_s=300, clock=time.monotonic)
+    store = PrefixStore(explicit.store_bytes, ttl_s=300, clock=time.monotonic)
     differences, equal, rows = [], 0, {"bad": [], "good": []}
     for n, ids in enumerate(prompts):
         logits = {}
@@ -304,6 +318,7 @@ def boundary_places(run: Run, prompt: str) -> dict[str, list[int]]:
     early = max(text.rfind(" ", 0, end // 2), text.rfind("\n", 0, end // 2) + 1)
     places = {"right": end, "too early": early if early > 0 else end // 2, "too late": end + len(reader(0))}
     primed = {name: run.tokens(text[:place]) for name, place in places.items()}
+    primed["right"] = whole[: common_prefix(primed["right"], whole)]  # what follows may change the last token
     block_ends = range(run.whole_blocks(len(primed["right"])), 0, -run.block_size)
     for block_end in block_ends[:40]:  # a text without letters has no such place
         about = len(run.tokenizer.decode(whole[:block_end]))
@@ -337,7 +352,7 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
     for name, ids in primed.items():
         exact = len(ids) if whole[: len(ids)] == ids else 0
         for n in range(3):
-            store = PrefixStore(max_bytes=2**30, ttl_s=300, clock=time.monotonic)
+            store = PrefixStore(explicit.store_bytes, ttl_s=300, clock=time.monotonic)
             store.put(ids, explicit.prefill(ids)[0])
             cached, ms, _ = explicit.ask(whole, [], store)
             record(run, "boundary_store", name, n, whole, cached, exact, ms)
@@ -363,12 +378,14 @@ async def lesson(run: Run) -> None:
     numbers = range(run.args.requests)
     prompts = {arm: [run.encode(layout(prompt, n)) for n in numbers] for arm, layout in LAYOUTS.items()}
     boundary = marked_tokens(run, prompt)
-    if boundary < run.block_size:
-        short = f"the prefix before {MARKER!r} has {boundary} tokens, less than a block of {run.block_size}"
-        raise UsageError(f"{short}: vLLM would cache none; write more before the marker, or choose a --block-size")
+    if run.whole_blocks(boundary) <= run.whole_blocks(common_prefix(*prompts["bad"][:2])):
+        short = f"the prefix before {MARKER!r} has {boundary} tokens, too few to lose a block of {run.block_size}"
+        raise UsageError(f"{short}: write more before the marker, or choose a smaller --block-size")
     primed = boundary_places(run, prompt) if run.args.deeper else {}
-    explicit = ExplicitEngine(run.engine_args.keywords["model"], run.on_gpu)
-    engine = await run.open_engine(max(map(len, itertools.chain(*prompts.values(), primed.values()))))
+    longest = max(map(len, itertools.chain(*prompts.values(), primed.values())))
+    kv_bytes = longest * run.kv_bytes_per_token // run.dtype_bytes * 4  # in float32
+    explicit = ExplicitEngine(run.engine_args.keywords["model"], run.on_gpu, kv_bytes)
+    engine = await run.open_engine(longest)
     with run.timed("measuring"):
         await pair(run, engine, prompts)
         await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
@@ -415,6 +432,7 @@ import dataclasses
 import datetime
 import errno
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -547,19 +565,20 @@ class Engine:
         session: str | None = None,
         salt: str | None = None,
         max_tokens: int = 1,
-        seed: int | None = None,
+        sample_from: list[int] | None = None,
     ) -> Measurement:
         """Predict, send one prompt, read its stream to the end, record both.
 
-        A `salt` keeps equal prompts of different arms apart in the cache; a `seed` asks for sampled tokens.
+        A `salt` keeps equal prompts of different arms apart in the cache. `sample_from` asks for tokens that are drawn
+        from these, from a fixed seed, instead of the likeliest ones.
         """  # fmt: skip
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
         predicted, first, output = self.cache_model.cached_tokens(ids, salt), None, None
         prompt = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
-        temperature = 0.0 if seed is None else 1.0
-        params = SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
+        drawn = dict(temperature=1.0, seed=1, allowed_token_ids=sample_from) if sample_from else dict(temperature=0.0)
+        params = SamplingParams(**drawn, max_tokens=max_tokens, ignore_eos=True)
         start = time.perf_counter()
         try:
             async for output in self.vllm_engine.generate(prompt, params, str(uuid.uuid4())):  # noqa: B007, read below
@@ -601,9 +620,8 @@ class Run:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
-        self.print = functools.partial(
-            self.console.print, soft_wrap=True
-        )  # a row is a row; tests hold it to 80 columns
+        # A row is a row: one of more than 80 columns is seen as such by the tests, not broken into two.
+        self.print = functools.partial(self.console.print, soft_wrap=True)
         self.engines: list[Engine] = []
         self.elsewhere: list[Measurement] = []  # measured on something that is no vLLM engine
         self.claims: list[Claim] = []
@@ -646,7 +664,8 @@ class Run:
         self.on_gpu = on_gpu = not current_platform.is_cpu()
         device = current_platform.get_device_name() if on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
         name = name or find_model(str(built_in / ("1.5b" if on_gpu else "cpu")))
-        args.prefix_tokens = args.prefix_tokens or (8000 if on_gpu else 4000)
+        if args.prefix_tokens is None:
+            args.prefix_tokens = 8000 if on_gpu else 4000
         path = Path(name)
         real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
         # Eager: the lessons measure prefill, and capturing graphs only lengthens the start. The utilization is but a
@@ -658,7 +677,7 @@ class Run:
             max_num_seqs=16, disable_hybrid_kv_cache_manager=True,
         )  # fmt: skip
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
             config = self.engine_args().create_engine_config()
         except (OSError, ValueError) as error:
             raise LessonError(f"vLLM cannot use the model in {name}: {telling_line(error)}") from error
@@ -671,8 +690,9 @@ class Run:
         self.dtype_bytes: int = shape.dtype.itemsize
         self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
         self.max_model_len, self.block_size = shape.max_model_len, config.cache_config.block_size
-        if args.prefix_tokens < 2 * self.block_size:
+        if 0 < args.prefix_tokens < 2 * self.block_size:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * self.block_size} tokens here")
+        self.check_length(args.prefix_tokens)
         self.environment = {
             "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": platform.python_version(), "device": device,
@@ -680,7 +700,8 @@ class Run:
             "weights": "real" if real else "random", "dtype": str(shape.dtype).removeprefix("torch."),
             "block_size": self.block_size, "prefix_tokens": args.prefix_tokens, "requests": args.requests,
             "started_at": f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
-            "command": " ".join(["python", *(Path(w).name if w.startswith("/") else w for w in sys.orig_argv[1:])]),
+            "command": " ".join(["python", *(re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:])]),
+            "config_sha256": hashlib.sha256((path / "config.json").read_bytes()).hexdigest() if path.is_dir() else None,
         }  # fmt: skip
 
     def whole_blocks(self, tokens: int) -> int:
@@ -703,21 +724,40 @@ class Run:
         """Return the token ids of a chat; the template writes the special tokens itself."""
         return self.tokens(self.render(messages, answer))
 
-    def start_engine(self, longest: int, worker: int | None = None, prompts: int = 8, **more: object) -> Engine:
-        """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
-
-        `more` are further arguments of vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt,
-        or its attention none of full length, EngineError where vLLM does not start.
-        """
-        from vllm import AsyncLLMEngine
-
-        length = longest + OUTPUT_TOKENS
+    def check_length(self, prompt: int) -> None:
+        """Raise UsageError where the model takes no prompt of so many tokens, or does not look back as far."""
+        length = prompt + OUTPUT_TOKENS
         if length > self.max_model_len:
             limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
             raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens)")
         if self.window and length > self.window:
             limit = f"every layer of this model has a sliding window, of {self.window:,} tokens"
             raise UsageError(f"{limit}: beyond it nothing is predicted; choose a shorter prompt (--prefix-tokens)")
+
+    def check_template(self, conversation: list[list[dict]]) -> None:
+        """Raise LessonError unless the template renders each turn as a prefix of the next, token for token."""
+        for n, (before, after) in enumerate(itertools.pairwise(conversation)):
+            ids, longer = self.encode(before, answer=False), self.encode(after)
+            at = common_prefix(ids, longer)
+            if at < len(ids):
+                where = (
+                    f"turn {n + 1} departs from turn {n} at token {at} ({self.tokenizer.decode(ids[at : at + 8])!r})"
+                )
+                raise LessonError(
+                    f"the model's chat template is not prefix-stable, {where}: append-only cannot help; "
+                    "choose a --model whose template leaves old messages as they were"
+                )
+
+    def start_engine(self, longest: int, worker: int | None = None, prompts: int = 8, **more: object) -> Engine:
+        """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
+
+        `more` are further arguments of vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt,
+        EngineError where vLLM does not start.
+        """
+        from vllm import AsyncLLMEngine
+
+        self.check_length(longest)
+        length = longest + OUTPUT_TOKENS
         kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
         counters = CacheCounters()
         try:
@@ -726,8 +766,11 @@ class Run:
             vllm_engine = AsyncLLMEngine.from_engine_args(args, stat_loggers=[lambda *_: counters])
         except (OSError, RuntimeError, ValueError) as error:
             raise EngineError("vLLM did not start") from error
-        self.engines.append(Engine(vllm_engine, counters, worker))
-        return self.engines[-1]
+        engine = Engine(vllm_engine, counters, worker)
+        self.engines.append(engine)
+        if engine.block_size != self.block_size:  # some backends decide only once the engine is there
+            raise UsageError(f"this device wants other blocks: add --block-size {engine.block_size}")
+        return engine
 
     async def open_engine(self, longest: int, **more: object) -> Engine:
         """Start one engine, warm it up, and print what the numbers will depend on."""
@@ -831,8 +874,11 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def time_verdict(bad: list[Measurement], good: list[Measurement]) -> str:
-    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart."""
+def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = True) -> str:
+    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart.
+
+    The bound is what computing fewer tokens can give at most. Requests that are not `alone` also wait, so have none.
+    """
     slow, fast = ([m.ttft_ms for m in arm] for arm in (bad, good))
     change = f"{milliseconds(statistics.median(slow))} to {milliseconds(statistics.median(fast))}"
     if statistics.median(slow) <= statistics.median(fast):
@@ -840,8 +886,10 @@ def time_verdict(bad: list[Measurement], good: list[Measurement]) -> str:
     if min(slow) <= max(fast):
         return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
     factor = statistics.median(slow) / statistics.median(fast)
-    bound = sum(m.prompt_tokens for m in good) / sum(m.computed_tokens for m in good)
-    return f"TTFT fell from {change}: {factor:.1f}x of at most {bound:.0f}x (prompt / computed)."
+    bound = sum(m.computed_tokens for m in bad) / sum(m.computed_tokens for m in good)
+    return f"TTFT fell from {change}: {factor:.1f}x" + (
+        f" of at most {bound:.0f}x (tokens computed)." if alone else "."
+    )
 
 
 def find_model(name: str) -> str:
@@ -917,19 +965,25 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def lesson_parser(doc: str, requests: int | None) -> argparse.ArgumentParser:
-    """Return the command line that all lessons share; `requests` is this lesson's default."""
+def engine_parser(doc: str) -> argparse.ArgumentParser:
+    """Return the command line of everything that starts an engine."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
-    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
-    own = requests or "each lesson's own"
-    add("--requests", type=at_least(2), default=requests, help=f"requests per arm; 0 fills the cache (default: {own})")
     add("--block-size", type=at_least(1), help="tokens per block (default: vLLM's, 128 on a CPU, 16 on most GPUs)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
-    add("--deeper", action="store_true", help="add this lesson's further experiments")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
+    return parser
+
+
+def lesson_parser(doc: str, requests: int | None) -> argparse.ArgumentParser:
+    """Return the command line that all lessons share; `requests` is this lesson's default."""
+    parser, own = engine_parser(doc), requests or "each lesson's own"
+    add = parser.add_argument
+    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
+    add("--requests", type=at_least(2), default=requests, help=f"requests per arm; 0 fills the cache (default: {own})")
+    add("--deeper", action="store_true", help="add this lesson's further experiments")
     return parser
 
 

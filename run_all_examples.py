@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from setup_and_test import prepare
+from setup_and_test import end_on_signals, prepare
 from stable_prefix_vs_timestamp import has_usable_vllm, lesson_parser, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -88,8 +88,9 @@ def speed_up(bad: Arm, good: Arm) -> str:
     """Return the ratio of the medians, or why there is none to be shown."""
     if bad.median_ms <= good.median_ms:
         return "none"
-    factor = f"{bad.median_ms / good.median_ms:.1f}x"
-    return factor if min(bad.ttft_ms) > max(good.ttft_ms) else f"{factor} (ranges overlap)"
+    if min(bad.ttft_ms) <= max(good.ttft_ms):
+        return "not shown, TTFT ranges overlap"
+    return f"{bad.median_ms / good.median_ms:.1f}x"
 
 
 def summarise(runs: list[LessonRun]) -> None:
@@ -110,9 +111,8 @@ def summarise(runs: list[LessonRun]) -> None:
             rate, ttft, cost = f"{arm.hit_rate:.1%}", f"{arm.median_ms:,.1f} ms", f"${arm.dollars:.4f}"
             console.print(f"{label:<33}{kind:<6}{rate:>10}{ttft:>11}{arm.computed_tokens:>11,}{cost:>9}")
         computed = good.computed_tokens / bad.computed_tokens - 1
-        console.print(
-            f"  TTFT {speed_up(bad, good)}, computed tokens {computed:+.0%}, cost {good.dollars / bad.dollars - 1:+.0%}"
-        )
+        cost = good.dollars / bad.dollars - 1
+        console.print(f"  computed tokens {computed:+.0%}, cost {cost:+.0%}, speed-up {speed_up(bad, good)}")
         held = sum(claim["holds"] for claim in result["claims"])
         took = (
             f"engine start {result['seconds']['engine_start']:.0f} s, measuring {result['seconds']['measuring']:.0f} s"
@@ -126,11 +126,10 @@ def show(path: str) -> int:
     try:
         recorded = json.loads(Path(path).read_text(encoding="utf-8"))["lessons"]
         numbers = {lesson.name: number for number, lesson in LESSONS.items()}
-        runs = [LessonRun(numbers[result["lesson"]], 0, 0.0, result) for result in recorded]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        print(f"run_all_examples.py: error: {path} is no run recorded with --json: {error}", file=sys.stderr)
+        summarise([LessonRun(numbers[result["lesson"]], 0, 0.0, result) for result in recorded])
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no UTF-8, no JSON, no samples
+        print(f"run_all_examples.py: error: {path} is no run recorded with --json: {error!r}", file=sys.stderr)
         return 2
-    summarise(runs)
     return 0
 
 
@@ -175,6 +174,7 @@ def main() -> int:
     if args.show and importlib.util.find_spec("rich"):
         return show(args.show)  # reading needs no engine
     if not has_usable_vllm():
+        end_on_signals()
         print(f"{sys.executable} has no vLLM that can run here.", flush=True)
         python = prepare()
         if python != Path(sys.executable):

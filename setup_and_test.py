@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -148,6 +149,8 @@ def prepare() -> Path:
     if python == VENV_PYTHON:
         wanted = (HERE / requirements_file()).read_text()
         if not (COMPLETE.exists() and COMPLETE.read_text() == wanted):
+            if COMPLETE.exists():
+                IN_PROGRESS.touch()  # made for another device or other versions: a mixture of builds would not work
             make_venv()
             install(python)
             IN_PROGRESS.unlink(missing_ok=True)
@@ -180,14 +183,16 @@ def requirement_checks() -> Iterator[Check]:
 
 def checks() -> Iterator[Check]:
     """Yield what the lessons need of this machine and this Python."""
-    gib = 2**30
-    available, free, driver = free_memory() / gib, shutil.disk_usage(HERE).free / gib, nvidia_driver()
     version, home = platform.python_version(), "this is" if sys.prefix == sys.base_prefix else "environment"
     yield Check(
         "Python", sys.version_info >= (3, 11), f"{version}, {home} {Path(sys.prefix).name}", "use 3.11 or newer"
     )
-    where = f"{platform.system()} {platform.machine()}"
-    yield Check("platform", where in ("Linux x86_64", "Linux aarch64"), where, "use Linux, or WSL2 on Windows")
+    where, gib = f"{platform.system()} {platform.machine()}", 2**30
+    supported = where in ("Linux x86_64", "Linux aarch64")
+    yield Check("platform", supported, where, "use Linux, or WSL2 on Windows")
+    if not supported:
+        return  # the rest is asked of Linux
+    available, free, driver = free_memory() / gib, shutil.disk_usage(HERE).free / gib, nvidia_driver()
     cores = len(os.sched_getaffinity(0))
     yield Check("cores", True, str(cores))
     yield Check(
@@ -239,6 +244,17 @@ def report() -> bool:
     return subprocess.run([sys.executable, __file__, "--proof"]).returncode == 0 and good
 
 
+def end_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP end this process, and the command that it waits for, without a traceback."""
+
+    def stop(signum: int, _: object) -> None:
+        print("interrupted: run this again, it goes on where it can", file=sys.stderr, flush=True)
+        sys.exit(128 + signum)  # subprocess.run() kills its child on the way out
+
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, stop)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
@@ -249,6 +265,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.proof:
         return run_lesson(lesson_parser("", requests=2).parse_args(["--prefix-tokens", "1000"]), proof)
+    end_on_signals()
     if args.check:
         python = VENV_PYTHON if not has_usable_vllm() and COMPLETE.exists() else Path(sys.executable)
     else:
@@ -267,7 +284,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("interrupted: run `python3 setup_and_test.py` again, it goes on where it can")
+    sys.exit(main())

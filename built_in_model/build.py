@@ -23,7 +23,7 @@ VOCABULARY = 2048  # entries at most; 0.5b and larger keep the published size of
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 # 0.5b, 1.5b and 7b: the dimensions published in the config.json of Qwen2.5-*-Instruct.
-# cpu: chosen by measuring on two cores, see the README of the repository.
+# cpu: on two cores a prompt of 4,000 tokens takes some hundred milliseconds when missed, below 40 when found.
 SHAPES = {
     "cpu": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
                 num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=True),

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -37,13 +38,14 @@ from stable_prefix_vs_timestamp import (
     UsageError,
     at_least,
     common_prefix,
+    engine_parser,
     find_model,
     free_memory,
-    lesson_parser,
     milliseconds,
     render,
     run_lesson,
     telling_line,
+    use_python_with_vllm,
     write_json,
 )
 
@@ -121,7 +123,7 @@ def parse_line(raw: bytes, line: int, offset: int) -> Request:
     """Return the request in one line of the log; UsageError names the line and what is wrong with it."""
     try:
         value = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"line {line}: no JSON: {error}") from error
     if isinstance(value, dict) and isinstance(value.get("body"), dict):
         value = value["body"]
@@ -185,18 +187,19 @@ def first_difference(a: object, b: object, path: str = "") -> str:
 
 def describe(before: Request, after: Request) -> tuple[str, str]:
     """Return the kind of break between two requests, and where it is: message number, role, field."""
-    if before.tools != after.tools:
+    if written(before.tools) != written(after.tools):
         return "tools changed", f"tools{first_difference(before.tools or [], after.tools or [])}"
     a, b = before.messages, after.messages
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    texts, others = ([written(message) for message in messages] for messages in (a, b))
+    at = common_prefix(texts, others)
     if at == len(a):
         return ("same prompt" if at == len(b) else "extended"), ""
     if at == len(b):
         return "shortened", f"message {at} was left out"
     where = f"message {at} ({b[at]['role']})"
-    if a[at] in b[at + 1 :]:
+    if texts[at] in others[at + 1 :]:
         return "message inserted", where
-    if b[at] in a[at + 1 :]:
+    if others[at] in texts[at + 1 :]:
         return "message removed", f"message {at} ({a[at]['role']})"
     if a[at]["role"] != b[at]["role"]:
         return "message inserted", where
@@ -218,7 +221,10 @@ class Comparer:
         self.heads: deque[tuple[int, int]] = deque(maxlen=HEADS_COMPARED)
 
     def encode(self, request: Request) -> list[int]:
-        text = render(self.tokenizer, request.messages, tools=request.tools)
+        try:
+            text = render(self.tokenizer, request.messages, tools=request.tools)
+        except LessonError as error:
+            raise LessonError(f"line {request.line}: {error}") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def recall(self, line: int, offset: int) -> tuple[Request, list[int]]:
@@ -329,7 +335,7 @@ def without_engine(args: argparse.Namespace) -> int:
     console, path = Console(width=80, highlight=False), Path(args.file)
     folder = find_model(args.model or str(ROOT / "built_in_model" / "cpu"))
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, mistral_format=False)
         config = transformers.AutoConfig.from_pretrained(folder).get_text_config().to_dict()
     except (OSError, ValueError) as error:
         raise LessonError(f"no tokenizer and config in {folder}: {telling_line(error)}") from error
@@ -384,7 +390,8 @@ def check_memory(run: Run, kv_bytes: int) -> None:
 
 
 def main() -> int:
-    parser = lesson_parser(__doc__, requests=2)
+    parser = engine_parser(__doc__)
+    parser.set_defaults(prefix_tokens=0, requests=None, deeper=False)  # options of the lessons; the log has its own
     parser.add_argument("file", metavar="FILE", help="the log, JSONL")
     parser.add_argument("--without-engine", action="store_true", help="analyse only, in blocks of 16 unless told")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N requests")
@@ -392,9 +399,11 @@ def main() -> int:
     parser.add_argument("--price-cached", type=price, default=0.30, help="$ per million cached tokens (example: 0.30)")
     args = parser.parse_args()
     try:
+        next(read_log(Path(args.file), 1))  # a log that cannot be read is told at once
         if not args.without_engine:
-            next(read_log(Path(args.file), 1))  # a log that cannot be read is told at once
             return run_lesson(args, with_engine)
+        if importlib.util.find_spec("transformers") is None:
+            use_python_with_vllm()
         return without_engine(args)
     except LessonError as error:
         print(f"replay_request_log: error: {error}", file=sys.stderr)

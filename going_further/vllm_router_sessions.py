@@ -591,7 +591,7 @@ def routed_verdict(bad: Summary, good: Summary) -> str:
         return "Nothing can be said: in one arm no session was given a second answer."
     computed = [sum(reply.computed_tokens for reply in arm.later) for arm in (bad, good)]
     tokens = f"The same turns: round_robin computes {computed[0]:,} tokens, consistent_hash {computed[1]:,}."
-    return f"{tokens}\n{time_verdict(bad.later, good.later)}"
+    return f"{tokens}\n{time_verdict(bad.later, good.later, alone=False)}"
 
 
 def check_capacity(sessions: int, longest: int, kv_cache_tokens: int) -> None:

@@ -54,6 +54,16 @@ def test_an_old_python_can_read_the_scripts_far_enough_to_say_that_it_is_too_old
     ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_an_old_python_gets_past_the_imports(script: Path) -> None:
+    evaluated = [node for node in ast.parse(script.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign)]
+    subscripted = {node.value.id for statement in evaluated for node in ast.walk(statement)
+                   if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)}  # fmt: skip
+    assert not subscripted & {"dict", "list", "set", "tuple", "type"}, (
+        "list[int] is evaluated here; Python 3.8 has none"
+    )
+
+
 tokens = st.lists(st.integers(0, 2), max_size=24)
 
 

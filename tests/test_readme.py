@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -53,6 +54,13 @@ def test_the_environment_shown_is_that_of_the_recorded_run(path: Path) -> None:
         environment = result["environment"]
         for key in ("vllm", "torch", "transformers", "python", "device", "model", "weights", "dtype", "block_size"):
             assert str(environment[key]) in shown, key
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_recorded_run_is_of_the_model_that_is_here(path: Path) -> None:
+    for result in json.loads(path.read_text(encoding="utf-8"))["lessons"]:
+        config = ROOT / result["environment"]["model"] / "config.json"
+        assert result["environment"]["config_sha256"] == hashlib.sha256(config.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

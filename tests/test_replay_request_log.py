@@ -49,6 +49,18 @@ def request(*messages: dict, tools: list | None = None) -> Request:
         (request(SYSTEM, USER), request(USER, NEXT), "message removed", "message 0 (system)"),
         (request(SYSTEM, USER), request(SYSTEM, NEXT), "user message changed", "message 1 (user)"),
         (request(USER), request(USER, tools=TOOLS), "tools changed", "tools[0]"),
+        (
+            request(USER, tools=[{"a": 1, "b": 2}]),
+            request(USER, tools=[{"b": 2, "a": 1}]),
+            "tools changed",
+            "tools[0] (order of keys)",
+        ),
+        (
+            request(USER, {**ANSWER, "tool_calls": [{"a": 1, "b": 2}]}),
+            request(USER, {**ANSWER, "tool_calls": [{"b": 2, "a": 1}]}),
+            "assistant message changed",
+            "message 1 (assistant) tool_calls",
+        ),
     ],
 )
 def test_every_kind_of_break_is_told_apart(before: Request, after: Request, kind: str, where: str) -> None:
@@ -165,6 +177,27 @@ def test_what_is_no_log_is_one_line_that_names_the_line(tmp_path: Path, content:
         list(read_log(log(tmp_path, content), None))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_json_that_is_nested_too_deep_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 1: no JSON"):
+        list(read_log(log(tmp_path, b'{"messages": ' + b"[" * 100_000 + b"\n"), None))
+
+
+def test_a_request_that_the_template_does_not_take_is_named_by_its_line(tmp_path: Path) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    model = write_llama(tmp_path / "llama", template=template)
+    done = replay(log(tmp_path, {"messages": [USER]}, {"messages": [SYSTEM, USER]}), "--model", str(model))
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "line 2: the model's chat template does not take this prompt: no system message" in done.stderr
+
+
+def test_without_transformers_here_it_goes_on_in_the_venv_or_says_what_to_run(tmp_path: Path) -> None:
+    bare = sys.base_prefix + "/bin/python3"
+    command = [bare, "-m", "going_further.replay_request_log", log(tmp_path, {"messages": [USER]})]
+    done = subprocess.run([*command, "--without-engine"], capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" not in done.stderr
+    assert "1 requests" in done.stdout or "run `python3 setup_and_test.py` first" in done.stderr
 
 
 def test_faults_end_the_command_with_one_line_and_status_2(tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ from session_consistency import (
     CacheModel,
     PrefixAware,
     RoundRobin,
+    Traffic,
+    changes_workers,
     common_prefix,
     messages,
     moved_share,
     p90,
+    per_worker,
     rendezvous,
     report,
     schedule,
@@ -64,6 +67,21 @@ def test_round_robin_changes_workers_even_when_sessions_are_a_multiple_of_them()
         for session in arrivals:
             workers.setdefault(session, set()).add(router.route(session, []))
     assert sum(len(seen) > 1 for seen in workers.values()) >= 4
+
+
+def test_whether_round_robin_changes_workers_is_known_beforehand() -> None:
+    def traffic(*turns: list[str]) -> Traffic:
+        return Traffic({session: [[0]] * len(turns) for session in "ab"}, list(turns))
+
+    assert not changes_workers(traffic(["a", "b"], ["a", "b"]), 2), "in lockstep"
+    assert changes_workers(traffic(["a", "b"], ["b", "a"]), 2)
+    assert changes_workers(traffic(["a", "b"], ["a", "b"]), 3)
+
+
+def test_the_load_of_many_workers_fits_into_its_column() -> None:
+    arm = [Measurement("main", "bad", 1, worker, "s", 10_000, 0, 0, 1.0, None) for worker in range(8)]
+    assert per_worker(arm[:2], 2, lambda m: m.prompt_tokens) == "10,000 10,000"
+    assert len(per_worker(arm, 8, lambda m: m.prompt_tokens)) < 20
 
 
 def test_affinity_never_changes_a_worker() -> None:

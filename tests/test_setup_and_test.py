@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -130,6 +132,40 @@ def test_a_venv_that_somebody_else_made_is_not_deleted(house: Path) -> None:
     (house / ".venv" / "theirs").touch()
     assert run_in(house, "s.make_venv()").returncode == 0
     assert (house / ".venv" / "theirs").exists()
+
+
+def test_a_venv_of_another_build_is_made_anew_and_not_mixed(house: Path) -> None:
+    (house / ".venv").mkdir()
+    (house / ".venv" / "complete").write_text("the requirements of another device")
+    (house / ".venv" / "left_over").touch()
+    code = "s.choose_python = lambda: s.VENV_PYTHON; s.install = lambda python: None; s.prepare()"
+    assert run_in(house, code).returncode == 0
+    assert not (house / ".venv" / "left_over").exists()
+    assert not (house / ".venv" / "in_progress").exists()
+    wanted = (house / "requirements.txt").read_text(), (house / "requirements-cpu.txt").read_text()
+    assert (house / ".venv" / "complete").read_text() in wanted
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_a_signal_ends_the_set_up_and_the_command_that_it_waits_for(sent: signal.Signals, house: Path) -> None:
+    code = "import sys; s.end_on_signals(); print('begun', flush=True); s.subprocess.run(['sleep', '4321'])"
+    command = [sys.executable, "-c", f"import setup_and_test as s\n{code}"]
+    process = subprocess.Popen(command, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    while not (children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+        time.sleep(0.05)
+    time.sleep(0.5)  # until it is a child that subprocess.run() knows of
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 128 + sent
+    assert err == "interrupted: run this again, it goes on where it can\n"
+    assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_a_report_on_a_platform_without_vllm_ends_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    *_, last = setup_and_test.checks()
+    assert (last.name, last.ok, last.remedy) == ("platform", False, "use Linux, or WSL2 on Windows")
 
 
 def test_a_lesson_does_not_take_a_half_made_venv_for_a_whole_one(house: Path) -> None:

@@ -121,6 +121,7 @@ def test_a_lesson_copied_alone_asks_for_a_model_and_runs_with_one(tmp_path: Path
     [
         (["--prefix-tokens", "100"], 2, "at least two blocks, 256 tokens here"),
         (["--prefix-tokens", "40000"], 2, "the model takes 32,768: choose a shorter prompt"),
+        (["--prefix-tokens", "1000000000"], 2, "the model takes 32,768: choose a shorter prompt"),
         (["--model", "no/such/folder"], 1, "no model in no/such/folder"),
         (["--model", str(ROOT / "tests")], 1, "holds no config.json"),
         (["--model", "nobody-of-this-name/no-model-of-this-name"], 1, "nobody-of-this-name/no-model-of-this-name"),

@@ -64,6 +64,28 @@ def test_another_architecture_block_size_and_seed(run_script, check_result, tmp_
     check_result(done.result, "session_consistency")
 
 
+def test_a_seed_with_which_round_robin_is_sticky_by_accident_is_refused_before_an_engine_starts() -> None:
+    command = [sys.executable, ROOT / SCRIPT, "--sessions", "2", "--seed", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "by accident: choose another --seed" in done.stderr
+
+
+def test_a_template_that_is_not_prefix_stable_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    moving = "{% for m in messages %}{% if loop.last %}{{ messages[0].content }}{% endif %}{{ m.content }}{% endfor %}"
+    model = write_llama(tmp_path / "moving", template=moving)
+    command = [sys.executable, ROOT / SCRIPT, "--model", model, "--prefix-tokens", "500"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "not prefix-stable, turn 1 departs from turn 0" in done.stderr
+
+
+def test_a_session_too_short_to_see_the_loss_of_its_worker_does_no_harm(run_script) -> None:
+    options = ["--sessions", "3", "--requests", "2", "--prefix-tokens", "400", "--deeper"]
+    done = run_script(SCRIPT, *options)
+    assert done.status == 0, done.out + done.err
+
+
 @pytest.mark.parametrize("workers", ["1", str(len(os.sched_getaffinity(0)) + 1)])
 def test_a_number_of_workers_that_cannot_be_is_wrong_usage(workers: str) -> None:
     done = subprocess.run([sys.executable, ROOT / SCRIPT, "--workers", workers], capture_output=True, text=True)

@@ -378,6 +378,7 @@ async def lesson(run: Run) -> None:
     numbers = range(run.args.requests)
     prompts = {arm: [run.encode(layout(prompt, n)) for n in numbers] for arm, layout in LAYOUTS.items()}
     boundary = marked_tokens(run, prompt)
+    run.environment["prefix_tokens"] = run.args.prefix_tokens or boundary
     if run.whole_blocks(boundary) <= run.whole_blocks(common_prefix(*prompts["bad"][:2])):
         short = f"the prefix before {MARKER!r} has {boundary} tokens, too few to lose a block of {run.block_size}"
         raise UsageError(f"{short}: write more before the marker, or choose a smaller --block-size")
@@ -407,6 +408,9 @@ def read_prompt(args: argparse.Namespace) -> str | None:
     """Return the user's prompt, None where there is none; UsageError where it has no boundary."""
     if args.prompt_file is None:
         return None
+    if args.prefix_tokens is not None:
+        raise UsageError("--prompt-file brings a prompt of its own length: leave --prefix-tokens out")
+    args.prefix_tokens = 0
     try:
         prompt = Path(args.prompt_file).read_text(encoding="utf-8")
         split_at_boundary(prompt)
@@ -744,7 +748,7 @@ class Run:
                     f"turn {n + 1} departs from turn {n} at token {at} ({self.tokenizer.decode(ids[at : at + 8])!r})"
                 )
                 raise LessonError(
-                    f"the model's chat template is not prefix-stable, {where}: append-only cannot help; "
+                    f"the model's chat template is not prefix-stable, {where}: no turn finds the one before it; "
                     "choose a --model whose template leaves old messages as they were"
                 )
 

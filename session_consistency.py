@@ -774,7 +774,7 @@ class Run:
                     f"turn {n + 1} departs from turn {n} at token {at} ({self.tokenizer.decode(ids[at : at + 8])!r})"
                 )
                 raise LessonError(
-                    f"the model's chat template is not prefix-stable, {where}: append-only cannot help; "
+                    f"the model's chat template is not prefix-stable, {where}: no turn finds the one before it; "
                     "choose a --model whose template leaves old messages as they were"
                 )
 

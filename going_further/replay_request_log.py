@@ -359,6 +359,7 @@ async def with_engine(run: Run) -> None:
     path, args = Path(run.args.file), run.args
     comparer = Comparer(path, run.tokenizer, run.block_size)
     rows = analyse(path, comparer, args.limit, run.max_model_len - OUTPUT_TOKENS, run.console)
+    run.environment["requests"] = len(rows)
     longest = max(row.prompt_tokens for row in rows)
     if len(comparer.owners) == BLOCKS_KNOWN:
         raise LessonError("this log is too large to be sent: use --without-engine, or --limit N")

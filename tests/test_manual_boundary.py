@@ -85,12 +85,17 @@ def test_a_prompt_file_without_a_boundary_is_wrong_usage(tmp_path: Path, content
     path = tmp_path / "prompt.txt"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=says):
-        read_prompt(argparse.Namespace(prompt_file=str(path)))
+        read_prompt(argparse.Namespace(prompt_file=str(path), prefix_tokens=None))
 
 
 def test_a_prompt_file_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
-        read_prompt(argparse.Namespace(prompt_file=str(tmp_path / "none.txt")))
+        read_prompt(argparse.Namespace(prompt_file=str(tmp_path / "none.txt"), prefix_tokens=None))
+
+
+def test_a_prompt_file_and_a_length_of_the_built_in_prompt_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="leave --prefix-tokens out"):
+        read_prompt(argparse.Namespace(prompt_file=str(tmp_path / "prompt.txt"), prefix_tokens=500))
 
 
 # --- the store; its KV is a real DynamicCache, so these need torch ---

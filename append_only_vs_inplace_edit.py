@@ -751,11 +751,12 @@ class Run:
         return 1 if failed else 0
 
 
-def render(tokenizer, messages: list[dict], answer: bool = True, tools: list[dict] | None = None) -> str:
+def render(tokenizer, messages: list[dict], answer: bool = True, **variables: object) -> str:
+    """Return a chat as text; `variables` are further ones of the template, like tools."""
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=answer, tokenize=False)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False, **variables)
     except (TemplateError, TypeError, ValueError) as error:
         raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
 

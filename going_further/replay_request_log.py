@@ -4,10 +4,11 @@
     python -m going_further.replay_request_log FILE --without-engine
 
 FILE holds one JSON object a line with `messages` and perhaps `tools`, as clients of OpenAI-compatible servers log
-them (also under `body`, as in batch files). The prompts are rendered like a server does it and sent one at a time, in
-their order. For every request: prompt tokens, cached tokens as predicted and as measured, TTFT, and its best
-predecessor: the latest request that shares the most blocks. Where it departs from that one is told by message, role,
-and field if the content is or holds JSON. Last, what each kind of break has cost.
+them (also under `body`, as in batch files). The prompts are rendered like vLLM's server does it, with
+`chat_template_kwargs`, `documents` and `reasoning_effort`, and sent one at a time, in their order. For every request:
+prompt tokens, cached tokens as predicted and as measured, TTFT, and its best predecessor: the latest request that
+shares the most blocks. Where the rendered prompt departs from that one is told by message, role, and field if it is in
+JSON. Last, what each kind of break has cost.
 
 --without-engine does all but sending, with the cache model alone, and needs no vLLM: for large logs. Time is linear
 in tokens. Memory is bounded: the hashes of a million blocks (the least recently used are forgotten, as in a cache of
@@ -17,17 +18,18 @@ that size) and the token ids of the latest 64 requests; older predecessors are r
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import itertools
 import json
 import math
 import re
+import signal
 import sys
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from append_only_vs_inplace_edit import price
 from stable_prefix_vs_timestamp import (
@@ -64,6 +66,23 @@ class Request:
     offset: int  # bytes from the start of the file
     messages: list[dict]
     tools: list[dict] | None
+    variables: dict  # further ones of the template
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A request as the model gets it."""
+
+    request: Request
+    text: str
+    ids: list[int]
+
+
+class Span(NamedTuple):
+    """Where a text stands in a longer one, in characters."""
+
+    start: int
+    end: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,27 +104,27 @@ class Row:
 # --- reading ---
 
 
-def text_of(content: object, line: int) -> str | None:
-    """Return the text of a message's content; raise UsageError for parts that are no text."""
+def check_content(content: object, line: int) -> None:
+    """Raise UsageError for content that is neither text nor a list of text parts."""
     if content is None or isinstance(content, str):
-        return content
+        return
     if not isinstance(content, list):
         raise UsageError(f"line {line}: a message's content is a {type(content).__name__}, not text")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
             raise UsageError(f"line {line}: a content part of type {kind!r}; only text can be replayed")
-    return "".join(part["text"] for part in content)
 
 
 def message_of(message: object, line: int) -> dict:
-    """Return a message as a server hands it to the template: text content, tool call arguments as objects."""
+    """Return a message as a server hands it to the template: tool call arguments are objects."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise UsageError(f"line {line}: a message without a role")
     calls = message.get("tool_calls") or []
     if message.get("content") is None and not calls:
         raise UsageError(f"line {line}: a message of {message['role']} without content")
-    clean = {**message, "content": text_of(message.get("content"), line)}
+    check_content(message.get("content"), line)
+    clean = {"content": None, **message}
     if not calls:
         clean.pop("tool_calls", None)
         return clean
@@ -117,6 +136,20 @@ def message_of(message: object, line: int) -> dict:
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise UsageError(f"line {line}: a tool call without function name and JSON arguments") from error
     return clean | {"tool_calls": [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]}
+
+
+def variables_of(body: dict, line: int) -> dict:
+    """Return what a request gives the template beside messages and tools, as vLLM's server passes it on."""
+    variables = body.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict):
+        raise UsageError(f"line {line}: chat_template_kwargs are no object")
+    for name, usual in {"chat_template": None, "add_generation_prompt": True, "continue_final_message": False}.items():
+        if any(given.get(name, usual) != usual for given in (body, variables)):
+            raise UsageError(f"line {line}: {name} asks for another prompt than the one that is rendered here")
+    named = {name: body[name] for name in ("documents", "reasoning_effort") if body.get(name) is not None}
+    if "reasoning_effort" in named:
+        named = {"enable_thinking": named["reasoning_effort"] != "none", **variables, **named}
+    return variables | named
 
 
 def parse_line(raw: bytes, line: int, offset: int) -> Request:
@@ -132,7 +165,8 @@ def parse_line(raw: bytes, line: int, offset: int) -> Request:
     tools = value.get("tools") or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UsageError(f"line {line}: tools are no list of objects")
-    return Request(line, offset, [message_of(message, line) for message in value["messages"]], tools)
+    messages = [message_of(message, line) for message in value["messages"]]
+    return Request(line, offset, messages, tools, variables_of(value, line))
 
 
 def read_log(path: Path, limit: int | None) -> Iterator[Request]:
@@ -158,11 +192,18 @@ def read_log(path: Path, limit: int | None) -> Iterator[Request]:
 # --- comparing ---
 
 
-def json_in(text: str | None) -> object:
-    """Return the first JSON object or array in a text, None where there is none."""
-    for start in (match.start() for match in re.finditer(r"[{\[]", text or "")):
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            return json.JSONDecoder().raw_decode(text[start:])[0]
+def json_around(text: str, at: int) -> tuple[int, object] | None:
+    """Return where the outermost JSON object or array around character `at` starts, and its value."""
+    decoder, start = json.JSONDecoder(), 0
+    while (match := re.compile(r"[{\[]").search(text, start)) and match.start() <= at:
+        try:
+            value, end = decoder.raw_decode(text, match.start())
+        except (json.JSONDecodeError, RecursionError):
+            start = match.end()
+            continue
+        if at < end:
+            return match.start(), value
+        start = end
     return None
 
 
@@ -185,29 +226,83 @@ def first_difference(a: object, b: object, path: str = "") -> str:
     return path
 
 
-def describe(before: Request, after: Request) -> tuple[str, str]:
-    """Return the kind of break between two requests, and where it is: message number, role, field."""
-    if written(before.tools) != written(after.tools):
-        return "tools changed", f"tools{first_difference(before.tools or [], after.tools or [])}"
-    a, b = before.messages, after.messages
-    texts, others = ([written(message) for message in messages] for messages in (a, b))
-    at = common_prefix(texts, others)
-    if at == len(a):
-        return ("same prompt" if at == len(b) else "extended"), ""
-    if at == len(b):
-        return "shortened", f"message {at} was left out"
+def json_field(before: str, after: str, old: Span, new: Span, char: int) -> str:
+    """Return the path of the JSON field of a content in which two texts first differ, "" where that is not in JSON."""
+    found = json_around(before[old.start : old.end], char - old.start)
+    other = json_around(after[new.start : new.end], char - new.start)
+    if not (found and other) or found[0] != other[0] or written(found[1]) == written(other[1]):
+        return ""
+    return f" field {first_difference(found[1], other[1])}"
+
+
+def heading(message: dict) -> str:
+    """Return what templates write of a message beside its content; ids of tool calls and the like are left out."""
+    return written([message["role"], [call["function"] for call in message.get("tool_calls", ())]])
+
+
+def changed_message(a: list[dict], b: list[dict], at: int, field: str) -> tuple[str, str]:
+    """Return the kind of a break in message `at`, which both conversations have, and where it is."""
+    texts, others = ([heading(message) + written(message["content"]) for message in messages] for messages in (a, b))
     where = f"message {at} ({b[at]['role']})"
-    if texts[at] in others[at + 1 :]:
+    if written(a[at]) == written(b[at]):
+        return "template", f"{where} is written anew by the chat template"
+    if texts[at] != others[at] and texts[at] in others[at + 1 :]:
         return "message inserted", where
-    if others[at] in texts[at + 1 :]:
+    if texts[at] != others[at] and others[at] in texts[at + 1 :]:
         return "message removed", f"message {at} ({a[at]['role']})"
     if a[at]["role"] != b[at]["role"]:
         return "message inserted", where
-    field = "" if a[at]["content"] != b[at]["content"] else " tool_calls"
-    values = [json_in(message["content"]) for message in (a[at], b[at])]
-    if None not in values and written(values[0]) != written(values[1]):
-        field = f" field {first_difference(*values)}"
     return f"{b[at]['role']} message changed", where + field
+
+
+def describe(before: Prompt, after: Prompt, spans: Callable[[Prompt], list[Span]]) -> tuple[str, str]:
+    """Return the kind of break between two prompts, and where it is: message number, role, field.
+
+    The rendered texts decide: what the template does not write breaks nothing. `spans` finds the contents in them.
+    """
+    if before.ids == after.ids:
+        return "same prompt", ""
+    a, b = before.request.messages, after.request.messages
+    if len(a) < len(b) and after.text.startswith(before.text):
+        return "extended", ""
+    char, old, new = common_prefix(before.text, after.text), spans(before), spans(after)
+    at = min(sum(span.end <= char for span in found) for found in (old, new))  # so many contents are the same
+    both = min(len(a), len(b))
+    if at < both and max(old[at].start, new[at].start) <= char:
+        return changed_message(a, b, at, json_field(before.text, after.text, old[at], new[at], char))
+    # It is between two contents: in the tools, in a message's role or tool calls, or in what the template adds.
+    for name, x, y in (
+        ("tools", before.request.tools, after.request.tools),
+        ("template variables", before.request.variables, after.request.variables),
+    ):
+        if written(x) != written(y):
+            return f"{name} changed", f"{name}{first_difference(x, y)}"
+    last = max((n for n, span in enumerate(new[:at]) if span.start < span.end), default=0)
+    near = range(last, min(at + 1, both))
+    at = next((n for n in near if heading(a[n]) != heading(b[n])), at)
+    if at < both:
+        at = next((n for n in near if written(a[n]) != written(b[n])), at)
+        field = next((key for key in [*b[at], *a[at]] if written(a[at].get(key)) != written(b[at].get(key))), "")
+        return changed_message(a, b, at, f" {field}")
+    head_of_answer = len(before.ids) - common_prefix(before.ids, after.ids) <= OUTPUT_TOKENS
+    if len(a) == len(b) or (at == len(a) and not head_of_answer):
+        return "template", "the end of the prompt is written anew by the chat template"
+    return ("extended", "") if at == len(a) else ("shortened", f"message {at} was left out")
+
+
+def plain(content: str | list[dict] | None) -> str | None:
+    """Return a content as text: its parts on lines of their own, as vLLM joins them."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def takes_parts(tokenizer) -> bool:
+    """Say whether a chat template reads content as a list of parts; where it does not, vLLM's server joins them."""
+    parts = [{"type": "text", "text": word} for word in ("one", "two")]
+    try:
+        text = render(tokenizer, [{"role": "user", "content": parts}])
+    except LessonError:
+        return False
+    return "one" in text and "two" in text and "type" not in text
 
 
 class Comparer:
@@ -215,59 +310,85 @@ class Comparer:
 
     def __init__(self, path: Path, tokenizer, block_size: int) -> None:
         self.path, self.tokenizer, self.block_size = path, tokenizer, block_size
+        self.takes_parts = takes_parts(tokenizer)
         self.chain = CacheModel(block_size).chain
         self.owners: OrderedDict[int, tuple[int, int]] = OrderedDict()  # block -> line and offset of its latest request
-        self.recent: OrderedDict[int, tuple[Request, list[int]]] = OrderedDict()  # line -> request and ids
+        self.recent: OrderedDict[int, Prompt] = OrderedDict()  # by line
         self.heads: deque[tuple[int, int]] = deque(maxlen=HEADS_COMPARED)
 
-    def encode(self, request: Request) -> list[int]:
+    def render(self, request: Request, messages: list[dict]) -> str:
+        if not self.takes_parts:
+            messages = [{**message, "content": plain(message["content"])} for message in messages]
         try:
-            text = render(self.tokenizer, request.messages, tools=request.tools)
+            return render(self.tokenizer, messages, tools=request.tools, **request.variables)
         except LessonError as error:
             raise LessonError(f"line {request.line}: {error}") from error
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def recall(self, line: int, offset: int) -> tuple[Request, list[int]]:
-        """Return an earlier request and its ids, from memory or from the file."""
+    def encode(self, request: Request) -> Prompt:
+        text = self.render(request, request.messages)
+        return Prompt(request, text, self.tokenizer.encode(text, add_special_tokens=False))
+
+    def spans(self, prompt: Prompt) -> list[Span]:
+        """Return where the content of each message stands in a prompt; it is empty for one that is not written.
+
+        A rendering with a mark for each content shows what the template writes between them.
+        """
+        messages, spans, end = prompt.request.messages, [], 0
+        marks = [f"<content {n}>" for n in range(len(messages))]
+        marked = [{**m, "content": mark} if m["content"] else m for m, mark in zip(messages, marks, strict=True)]
+        rest = self.render(prompt.request, marked)
+        for message, mark in zip(messages, marks, strict=True):
+            between, found, after = rest.partition(mark)
+            if found:
+                start, content, rest = end + len(between), plain(message["content"]), after
+                if prompt.text.startswith(content, start):
+                    end = start + len(content)
+                else:  # trimmed, or otherwise written anew: it ends where the template goes on
+                    end = max(start, prompt.text.find(re.split(r"<content \d+>", rest, maxsplit=1)[0], start))
+                spans.append(Span(start, end))
+            else:
+                spans.append(Span(end, end))
+        return spans
+
+    def recall(self, line: int, offset: int) -> Prompt:
+        """Return an earlier prompt, from memory or from the file."""
         if line in self.recent:
             return self.recent[line]
         with self.path.open("rb") as file:
             file.seek(offset)
-            request = parse_line(file.readline(), line, offset)
-        return request, self.encode(request)
+            return self.encode(parse_line(file.readline(), line, offset))
 
-    def add(self, request: Request, ids: list[int]) -> Row:
+    def add(self, prompt: Prompt) -> Row:
         """Return what is to be said of the next request of the log, and remember it."""
+        request, ids = prompt.request, prompt.ids
         blocks = list(self.chain(ids))
         usable = (len(ids) - 1) // self.block_size
         known = sum(1 for _ in itertools.takewhile(self.owners.__contains__, blocks[:usable]))
         candidates = [self.owners[blocks[known - 1]]] if known else list(self.heads)
         earlier = [self.recall(*candidate) for candidate in candidates]
-        best = max(earlier, key=lambda other: (common_prefix(other[1], ids), other[0].line), default=None)
-        row = self.compare(request, ids, known * self.block_size, best)
-        for block in blocks:
+        best = max(earlier, key=lambda other: (common_prefix(other.ids, ids), other.request.line), default=None)
+        row = self.compare(prompt, known * self.block_size, best)
+        for block in reversed(blocks):  # so that the last block of a prompt is the first to be forgotten, as in vLLM
             self.owners[block] = request.line, request.offset
             self.owners.move_to_end(block)
         while len(self.owners) > BLOCKS_KNOWN:
             self.owners.popitem(last=False)
         self.heads.append((request.line, request.offset))
-        self.recent[request.line] = request, ids
+        self.recent[request.line] = prompt
         if len(self.recent) > REQUESTS_KEPT:
             self.recent.popitem(last=False)
         return row
 
-    def compare(self, request: Request, ids: list[int], cached: int, best: tuple[Request, list[int]] | None) -> Row:
+    def compare(self, prompt: Prompt, cached: int, best: Prompt | None) -> Row:
+        ids, line = prompt.ids, prompt.request.line
         if best is None:
-            return Row(request.line, len(ids), cached, None, "first request", "", 0, "", "", 0)
-        other, other_ids = best
-        at = common_prefix(other_ids, ids)
-        kind, where = describe(other, request)
-        if kind == "extended" and at + OUTPUT_TOKENS < len(other_ids):  # more than the head of an answer differs
-            kind, where = "template", "the chat template writes old messages anew"
-        whole = min(len(other_ids), len(ids) - 1) // self.block_size * self.block_size
+            return Row(line, len(ids), cached, None, "first request", "", 0, "", "", 0)
+        kind, where = describe(best, prompt, self.spans)
+        whole = min(len(best.ids), len(ids) - 1) // self.block_size * self.block_size
         lost = 0 if kind in ("extended", "same prompt", "shortened") else max(0, whole - cached)
-        around = [self.tokenizer.decode(tokens[max(0, at - 8) : at + 8]) for tokens in (other_ids, ids)]
-        return Row(request.line, len(ids), cached, other.line, kind, where, at, *around, lost)
+        at = common_prefix(best.ids, ids)
+        around = [self.tokenizer.decode(tokens[max(0, at - 8) : at + 8]) for tokens in (best.ids, ids)]
+        return Row(line, len(ids), cached, best.request.line, kind, where, at, *around, lost)
 
 
 # --- showing ---
@@ -319,10 +440,10 @@ def analyse(path: Path, comparer: Comparer, limit: int | None, max_tokens: int |
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=path.stat().st_size if path.is_file() else None)
         for request in read_log(path, limit):
-            ids = comparer.encode(request)
-            if max_tokens is not None and len(ids) > max_tokens:
-                raise UsageError(f"line {request.line}: {len(ids):,} tokens, the model takes {max_tokens:,}")
-            rows.append(comparer.add(request, ids))
+            prompt = comparer.encode(request)
+            if max_tokens is not None and len(prompt.ids) > max_tokens:
+                raise UsageError(f"line {request.line}: {len(prompt.ids):,} tokens, the model takes {max_tokens:,}")
+            rows.append(comparer.add(prompt))
             progress.update(task, completed=request.offset)
     return rows
 
@@ -369,7 +490,7 @@ async def with_engine(run: Run) -> None:
     run.print("[bold] line  prompt predicted  cached     TTFT  best predecessor")
     with run.timed("measuring"):
         for row, request in zip(rows, read_log(path, args.limit), strict=True):
-            m = await engine.ask(comparer.encode(request), "replay", "log", row.line)
+            m = await engine.ask(comparer.encode(request).ids, "replay", "log", row.line)
             if len(rows) <= ROWS_SHOWN:
                 print_row(run.console, row, (m.cached_tokens, m.ttft_ms))
     if len(rows) > ROWS_SHOWN:
@@ -390,6 +511,11 @@ def check_memory(run: Run, kv_bytes: int) -> None:
         raise LessonError(f"{sizes}: use --without-engine, or --limit N")
 
 
+def stop(signum: int, _: object) -> None:
+    print("interrupted", file=sys.stderr, flush=True)
+    sys.exit(128 + signum)
+
+
 def main() -> int:
     parser = engine_parser(__doc__)
     parser.set_defaults(prefix_tokens=0, requests=None, deeper=False)  # options of the lessons; the log has its own
@@ -399,6 +525,8 @@ def main() -> int:
     parser.add_argument("--price-input", type=price, default=3.00, help="$ per million computed tokens (example: 3.00)")
     parser.add_argument("--price-cached", type=price, default=0.30, help="$ per million cached tokens (example: 0.30)")
     args = parser.parse_args()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, stop)
     try:
         next(read_log(Path(args.file), 1))  # a log that cannot be read is told at once
         if not args.without_engine:

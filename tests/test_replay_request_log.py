@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from models import write_llama
 
-from going_further.replay_request_log import Comparer, Request, UsageError, describe, parse_line, read_log
+from going_further.replay_request_log import Comparer, Request, UsageError, describe, parse_line, plain, read_log
 from stable_prefix_vs_timestamp import CacheModel
 
 ROOT = Path(__file__).parent.parent
@@ -34,8 +36,37 @@ def replay(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def request(*messages: dict, tools: list | None = None) -> Request:
-    return Request(1, 0, list(messages), tools)
+@pytest.fixture(scope="module", params=["built-in", "llama"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    from transformers import AutoTokenizer
+
+    folder = BUILT_IN if request.param == "built-in" else write_llama(tmp_path_factory.mktemp("llama"))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def request(*messages: dict, tools: list | None = None, **variables: object) -> Request:
+    return Request(1, 0, list(messages), tools, variables)
+
+
+def break_between(tokenizer, before: Request, after: Request) -> tuple[str, str]:
+    comparer = Comparer(Path("unused"), tokenizer, 16)
+    return describe(comparer.encode(before), comparer.encode(after), comparer.spans)
+
+
+def calling(arguments: dict, **more: object) -> dict:
+    call = {"type": "function", "function": {"name": "get_order", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call | more]}
+
+
+def result(text: str, **more: object) -> dict:
+    return {"role": "tool", "content": text} | more
+
+
+def system(text: str) -> dict:
+    return {"role": "system", "content": text}
+
+
+SORTED, SHUFFLED = {"a": 1, "b": 2}, {"b": 2, "a": 1}
 
 
 @pytest.mark.parametrize(
@@ -48,23 +79,57 @@ def request(*messages: dict, tools: list | None = None) -> Request:
         (request(SYSTEM, USER, ANSWER), request(SYSTEM, ANSWER), "message removed", "message 1 (user)"),
         (request(SYSTEM, USER), request(USER, NEXT), "message removed", "message 0 (system)"),
         (request(SYSTEM, USER), request(SYSTEM, NEXT), "user message changed", "message 1 (user)"),
-        (request(USER), request(USER, tools=TOOLS), "tools changed", "tools[0]"),
-        (
-            request(USER, tools=[{"a": 1, "b": 2}]),
-            request(USER, tools=[{"b": 2, "a": 1}]),
-            "tools changed",
-            "tools[0] (order of keys)",
-        ),
-        (
-            request(USER, {**ANSWER, "tool_calls": [{"a": 1, "b": 2}]}),
-            request(USER, {**ANSWER, "tool_calls": [{"b": 2, "a": 1}]}),
-            "assistant message changed",
-            "message 1 (assistant) tool_calls",
-        ),
+        (request(SYSTEM, system("ab"), USER), request(SYSTEM, system("abc"), USER), "system message changed",
+         "message 1 (system)"),
+        (request(SYSTEM, system("abc"), USER), request(SYSTEM, system("ab"), USER), "system message changed",
+         "message 1 (system)"),
     ],
-)
-def test_every_kind_of_break_is_told_apart(before: Request, after: Request, kind: str, where: str) -> None:
-    assert describe(before, after) == (kind, where)
+)  # fmt: skip
+def test_every_kind_of_break_is_told_apart(tokenizer, before: Request, after: Request, kind: str, where: str) -> None:
+    assert break_between(tokenizer, before, after) == (kind, where)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind", "where"),
+    [
+        (request(USER), request(USER, tools=TOOLS), "tools changed", "tools"),
+        (request(USER, tools=[SORTED]), request(USER, tools=[SHUFFLED]), "tools changed", "tools[0] (order of keys)"),
+        (request(USER, calling(SORTED)), request(USER, calling(SHUFFLED)), "assistant message changed",
+         "message 1 (assistant) tool_calls"),
+        (request(USER, calling({}), result("7")), request(USER, calling({}), result("8")), "tool message changed",
+         "message 2 (tool)"),
+    ],
+)  # fmt: skip
+def test_tools_and_tool_calls_are_told_apart(before: Request, after: Request, kind: str, where: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN)  # the template of the Llama model writes neither
+    assert break_between(tokenizer, before, after) == (kind, where)
+
+
+def test_what_the_template_does_not_write_breaks_nothing(tokenizer) -> None:
+    def turn(n: int, question: str) -> Request:
+        call, answer = calling({"order": 7}, id=f"call_{n}"), result("sent on Monday", tool_call_id=f"call_{n}")
+        return request(SYSTEM, USER, call, answer, {"role": "user", "content": question, "name": f"user{n}"})
+
+    assert break_between(tokenizer, turn(1, "A?"), turn(2, "A?")) == ("same prompt", "")
+    assert break_between(tokenizer, turn(1, "A?"), turn(2, "B?")) == ("user message changed", "message 4 (user)")
+    longer = request(*turn(2, "A?").messages, ANSWER, NEXT)
+    assert break_between(tokenizer, turn(1, "A?"), longer) == ("extended", "")
+
+
+def test_what_only_the_template_changes_is_put_down_to_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{% if loop.last %}(answer this) {% endif %}{{ m.content }}"
+        "</s>{% endfor %}{% if thinking %}<s>think{% endif %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(write_llama(tmp_path / "llama", template=template))
+    found = break_between(tokenizer, request(SYSTEM, USER), request(SYSTEM, USER, ANSWER, NEXT))
+    assert found == ("template", "message 1 (user) is written anew by the chat template")
+    found = break_between(tokenizer, request(USER), request(USER, thinking=True))
+    assert found == ("template variables changed", "template variables.thinking")
 
 
 @pytest.mark.parametrize(
@@ -76,20 +141,16 @@ def test_every_kind_of_break_is_told_apart(before: Request, after: Request, kind
         ('{"x": {"a": 1, "b": 2}}', '{"x": {"b": 2, "a": 1}}', ".x (order of keys)"),
         ("[1, 2]", "[1, 2, 3]", "[2]"),
         ("[see] {broken", "[see] {broken!", None),
+        ('At 09:30. State {"step": 1}', 'At 09:31. State {"step": 2}', None),
+        ('Tools: [] State: {"step": 1}', 'Tools: [] State: {"step": 2}', ".step"),
+        ('{"step": 1} begin', '{"step": 1} go on', None),
+        ('{"step": 1}', '{"step":1}', None),
     ],
 )  # fmt: skip
-def test_a_break_in_json_is_told_by_its_field(before: str, after: str, field: str | None) -> None:
-    kind, where = describe(*(request({"role": "system", "content": text}) for text in (before, after)))
+def test_a_break_in_json_is_told_by_its_field(tokenizer, before: str, after: str, field: str | None) -> None:
+    kind, where = break_between(tokenizer, *(request(system(text), USER) for text in (before, after)))
     assert kind == "system message changed"
     assert where == "message 0 (system)" + (f" field {field}" if field is not None else "")
-
-
-@pytest.fixture(scope="module", params=["built-in", "llama"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    from transformers import AutoTokenizer
-
-    folder = BUILT_IN if request.param == "built-in" else write_llama(tmp_path_factory.mktemp("llama"))
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 32])
@@ -100,16 +161,16 @@ def test_the_comparer_counts_what_the_cache_model_counts(tmp_path: Path, tokeniz
     path = log(tmp_path, *({"messages": messages} for messages in bodies))
     comparer, model = Comparer(path, tokenizer, block_size), CacheModel(block_size)
     for entry in read_log(path, None):
-        ids = comparer.encode(entry)
-        assert comparer.add(entry, ids).predicted_cached_tokens == model.cached_tokens(ids)
-        model.store(ids)
+        prompt = comparer.encode(entry)
+        assert comparer.add(prompt).predicted_cached_tokens == model.cached_tokens(prompt.ids)
+        model.store(prompt.ids)
 
 
 def test_the_best_predecessor_need_not_be_the_line_before(tmp_path: Path, tokenizer) -> None:
     other = [{"role": "system", "content": "Another agent. " * 40}, USER]
     path = log(tmp_path, *({"messages": m} for m in ([SYSTEM, USER], other, [SYSTEM, USER, ANSWER, NEXT])))
     comparer = Comparer(path, tokenizer, 16)
-    rows = [comparer.add(entry, comparer.encode(entry)) for entry in read_log(path, None)]
+    rows = [comparer.add(comparer.encode(entry)) for entry in read_log(path, None)]
     assert [row.predecessor for row in rows] == [None, 1, 1]
     assert [row.kind for row in rows] == ["first request", "system message changed", "extended"]
     assert rows[2].lost_tokens == 0 < rows[1].lost_tokens
@@ -122,7 +183,7 @@ def test_a_predecessor_that_is_no_longer_in_memory_is_read_from_the_file(
     others = [{"messages": [{"role": "system", "content": f"{n} is another agent. " * 20}]} for n in range(5)]
     path = log(tmp_path, {"messages": [SYSTEM, USER]}, *others, {"messages": [SYSTEM, USER, ANSWER, NEXT]})
     comparer = Comparer(path, tokenizer, 16)
-    rows = [comparer.add(entry, comparer.encode(entry)) for entry in read_log(path, None)]
+    rows = [comparer.add(comparer.encode(entry)) for entry in read_log(path, None)]
     assert (rows[-1].predecessor, rows[-1].kind) == (1, "extended")
 
 
@@ -130,9 +191,9 @@ def test_blocks_beyond_the_bound_are_forgotten(tmp_path: Path, tokenizer, monkey
     monkeypatch.setattr("going_further.replay_request_log.BLOCKS_KNOWN", 4)
     path = log(tmp_path, {"messages": [SYSTEM, USER]}, {"messages": [SYSTEM, USER]})
     comparer = Comparer(path, tokenizer, 16)
-    for entry in read_log(path, None):
-        comparer.add(entry, comparer.encode(entry))
+    rows = [comparer.add(comparer.encode(entry)) for entry in read_log(path, None)]
     assert len(comparer.owners) == 4
+    assert rows[1].predicted_cached_tokens == 4 * 16, "the end of a prompt is forgotten first, its start stays"
 
 
 def test_tool_call_arguments_reach_the_template_as_objects() -> None:
@@ -150,8 +211,40 @@ def test_text_parts_bodies_byte_order_marks_blank_lines_and_windows_line_ends_ar
         json.dumps({"custom_id": "1", "body": {"messages": [USER]}}).encode() + b"\r\n",
     ]
     found = list(read_log(log(tmp_path, *lines), None))
-    assert found[0].messages[0]["content"] == "naïve 猫 🙂"
+    assert plain(found[0].messages[0]["content"]) == "naïve \n猫 🙂"
     assert [entry.line for entry in found] == [1, 3]
+
+
+def test_text_parts_are_joined_as_vllm_does_it_unless_the_template_reads_parts(tmp_path: Path, tokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    parts = [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]
+    asked = request({"role": "user", "content": parts})
+    assert "first\nsecond" in Comparer(Path("unused"), tokenizer, 16).encode(asked).text
+    template = "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
+    reading = AutoTokenizer.from_pretrained(write_llama(tmp_path / "llama", template=template))
+    assert Comparer(Path("unused"), reading, 16).encode(asked).text == "<first><second>"
+
+
+def test_template_variables_are_passed_on_as_vllm_does_it() -> None:
+    def variables(**fields: object) -> dict:
+        return parse_line(json.dumps({"messages": [USER], **fields}).encode(), 1, 0).variables
+
+    assert variables(temperature=1.0) == {}
+    assert variables(chat_template_kwargs={"enable_thinking": False}) == {"enable_thinking": False}
+    assert variables(reasoning_effort="low") == {"reasoning_effort": "low", "enable_thinking": True}
+    both = variables(reasoning_effort="low", chat_template_kwargs={"enable_thinking": False})
+    assert both == {"reasoning_effort": "low", "enable_thinking": False}
+    assert variables(documents=[{"title": "t", "text": "x"}]) == {"documents": [{"title": "t", "text": "x"}]}
+
+
+def test_ctrl_c_while_a_large_log_is_read_is_one_word(tmp_path: Path) -> None:
+    path = log(tmp_path, *({"messages": [SYSTEM, USER]} for _ in range(20_000)))
+    command = [sys.executable, "-m", "going_further.replay_request_log", str(path), "--without-engine"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=10), process.returncode) == (("", "interrupted\n"), 130)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +263,8 @@ def test_text_parts_bodies_byte_order_marks_blank_lines_and_windows_line_ends_ar
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": ["a"]}\n', "tools are no list of objects"),
         (b'{"messages": [{"role": "assistant", "tool_calls": [{}]}]}\n', "a tool call without function name"),
         (b"\xff\xfe{}\n", "line 1: no JSON"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "continue_final_message": true}\n', "another prompt"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": "x"}\n', "no object"),
     ],
 )
 def test_what_is_no_log_is_one_line_that_names_the_line(tmp_path: Path, content: bytes, says: str) -> None:

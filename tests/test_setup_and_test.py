@@ -146,6 +146,37 @@ def test_a_venv_of_another_build_is_made_anew_and_not_mixed(house: Path) -> None
     assert (house / ".venv" / "complete").read_text() in wanted
 
 
+@pytest.mark.parametrize("left", ["complete", "in_progress"])
+def test_a_venv_is_made_anew_also_by_the_python_inside_it(house: Path, left: str) -> None:
+    venv.create(house / ".venv", symlinks=True)
+    (house / ".venv" / left).write_text("the requirements of another device")
+    (house / ".venv" / "left_over").touch()
+    code = "s.choose_python = lambda: s.VENV_PYTHON; s.install = lambda python: print('installed'); s.prepare()"
+    done = run_in(house, code, str(house / ".venv" / "bin" / "python"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("installed\n")
+    assert not (house / ".venv" / "left_over").exists()
+    assert (house / ".venv" / "bin" / "python").exists()
+
+
+def test_a_driver_that_is_too_old_is_a_note_and_no_fault(nvidia_smi) -> None:
+    nvidia_smi("echo 570.12")
+    gpu = next(check for check in setup_and_test.checks() if check.name == "GPU")
+    assert (gpu.mark, gpu.detail) == ("note", "NVIDIA driver 570")
+    assert "the CPU build is used" in gpu.remedy
+
+
+@pytest.mark.parametrize(("gib", "marks"), [(2, ["FAIL"]), (4, ["ok", "note"]), (8, ["ok"])])
+def test_memory_for_one_engine_is_needed_and_for_two_it_is_a_note(
+    monkeypatch: pytest.MonkeyPatch, gib: int, marks: list[str]
+) -> None:
+    monkeypatch.setattr(setup_and_test, "free_memory", lambda: gib * 2**30)
+    checks = list(setup_and_test.checks())
+    at = next(n for n, check in enumerate(checks) if check.name == "free memory")
+    after = checks[at + 1 :][: len(marks) - 1]
+    assert [check.mark for check in (checks[at], *after)] == marks
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_signal_ends_the_set_up_and_the_command_that_it_waits_for(sent: signal.Signals, house: Path) -> None:
     code = "import sys; s.end_on_signals(); print('begun', flush=True); s.subprocess.run(['sleep', '4321'])"

@@ -257,7 +257,7 @@ async def compaction(run: Run, engine: Engine, static: str) -> None:
 
 async def generated_tokens(run: Run, engine: Engine, static: str) -> None:
     """Send back what the model wrote, as its token ids or as text that is tokenised again."""
-    known = sorted(run.tokenizer.get_vocab().values())  # the built-in shapes have room for more than that
+    known = sorted(n for n in run.tokenizer.get_vocab().values() if n < run.vocabulary)  # either may have more of them
     ids = run.encode(good_messages(static, 0))
     ids = ids[: run.whole_blocks(len(ids)) - 8]  # so that what is generated completes a block
     following = run.encode([{"role": "user", "content": "Go on."}])
@@ -595,6 +595,7 @@ class Run:
         heads, layers = shape.get_num_kv_heads(parallel), shape.get_num_layers(parallel)
         self.dtype_bytes: int = shape.dtype.itemsize
         self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
+        self.vocabulary: int = shape.get_vocab_size()
         self.max_model_len, self.block_size = shape.max_model_len, config.cache_config.block_size
         if 0 < args.prefix_tokens < 2 * self.block_size:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * self.block_size} tokens here")
@@ -814,13 +815,14 @@ def find_model(name: str) -> str:
     try:  # the libraries below retry for a minute; this does not
         urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="HEAD"), timeout=10).close()
         return name
-    except urllib.error.HTTPError as error:
-        raise LessonError(f"the hub answers {error.code} for {name}: check the name, or run `hf auth login`") from error
-    except OSError as unreachable:
+    except OSError as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            advice = "check the name, or run `hf auth login`"
+            raise LessonError(f"the hub answers {error.code} for {name}: {advice}") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:
-            raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from unreachable
+            raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from error
 
 
 def telling_line(error: BaseException) -> str:

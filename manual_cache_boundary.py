@@ -28,6 +28,7 @@ live, pinned on request. Its answers are compared with uncached ones.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -145,6 +146,10 @@ def kv_nbytes(kv: DynamicCache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in kv.layers)
 
 
+class NoRoom(ValueError):
+    """A store refuses an entry: it does not fit in the budget, or not beside what is pinned."""
+
+
 class PrefixStore:
     """KV of prompt prefixes under the SHA-256 of their token ids, in a byte budget, for a time to live.
 
@@ -165,18 +170,19 @@ class PrefixStore:
         return sum(entry.nbytes for entry in self.entries.values() if entry.pinned or not pinned_only)
 
     def put(self, ids: list[int], kv: DynamicCache, pinned: bool = False) -> None:
-        """Keep a copy of `kv`, the KV of exactly `ids`. Raises ValueError for what cannot or must not be kept."""
+        """Keep a copy of `kv`, the KV of exactly `ids`; a pinned entry stays pinned. Raises ValueError, or NoRoom."""
         size = kv_nbytes(kv)
         if kv.get_seq_length() != len(ids):
             raise ValueError(f"KV of {kv.get_seq_length()} tokens does not belong to {len(ids)} token ids")
         if size > self.max_bytes:
-            raise ValueError(f"an entry of {size:,} bytes is larger than the budget of {self.max_bytes:,}")
+            raise NoRoom(f"an entry of {size:,} bytes is larger than the budget of {self.max_bytes:,}")
         self.expire()
         key = self.key(ids)
         replaced = self.entries.get(key)
-        held = self.nbytes(pinned_only=True) - (replaced.nbytes if replaced and replaced.pinned else 0)
+        was_pinned = replaced is not None and replaced.pinned
+        held, pinned = self.nbytes(pinned_only=True) - (replaced.nbytes if was_pinned else 0), pinned or was_pinned
         if held + size > self.max_bytes or (pinned and held + size == self.max_bytes):
-            raise ValueError(f"pinned entries hold {held:,} of {self.max_bytes:,} bytes: no room beside {size:,} more")
+            raise NoRoom(f"pinned entries hold {held:,} of {self.max_bytes:,} bytes: no room beside {size:,} more")
         self.entries.pop(key, None)
         for oldest in [k for k, entry in self.entries.items() if not entry.pinned]:
             if self.nbytes() + size <= self.max_bytes:
@@ -196,6 +202,10 @@ class PrefixStore:
                 return length, copy.deepcopy(self.entries[key].kv)
         self.misses += 1
         return 0, None
+
+    def unpin(self, ids: list[int]) -> None:
+        """Let an entry leave like others from now on. Raises KeyError where there is none for exactly `ids`."""
+        self.entries[self.key(ids)].pinned = False
 
     def expire(self) -> None:
         """Drop what is older than the time to live, unless it is pinned."""
@@ -261,13 +271,17 @@ class ExplicitEngine:
         return kv, output.logits[0, -1].cpu()
 
     def ask(self, ids: list[int], boundaries: list[int], store: PrefixStore | None) -> tuple[int, float, Tensor]:
-        """Return cached tokens, TTFT in ms and logits; what ends at a boundary and is not stored yet is stored."""
+        """Return cached tokens, TTFT in ms and logits; what ends at a boundary and is not stored yet is stored.
+
+        A prompt may have several boundaries. One that the store has no room for is answered all the same.
+        """
         start = time.perf_counter()
         cached, kv = (0, None) if store is None else store.get(ids)
-        for end in boundaries if store else []:
-            if end > cached:
+        for end in sorted(boundaries) if store else []:
+            if cached < end < len(ids):  # the last token is left: it gives the logits
                 kv, _ = self.prefill(ids[:end], kv)
-                store.put(ids[:end], kv)
+                with contextlib.suppress(NoRoom):
+                    store.put(ids[:end], kv)
         _, logits = self.prefill(ids, kv)
         return cached, (time.perf_counter() - start) * 1000, logits
 
@@ -315,10 +329,12 @@ def boundary_places(run: Run, prompt: str) -> dict[str, list[int]]:
     """Return what is primed, as token ids, with the boundary where it belongs and where it does not."""
     text, whole = run.render(good_messages(prompt, 0)), run.encode(good_messages(prompt, 0))
     end = text.index(reader(0))
-    early = max(text.rfind(" ", 0, end // 2), text.rfind("\n", 0, end // 2) + 1)
-    places = {"right": end, "too early": early if early > 0 else end // 2, "too late": end + len(reader(0))}
-    primed = {name: run.tokens(text[:place]) for name, place in places.items()}
-    primed["right"] = whole[: common_prefix(primed["right"], whole)]  # what follows may change the last token
+    right = run.tokens(text[:end])
+    right = right[: common_prefix(right, whole)]  # what follows may change the last token
+    half = len(run.tokenizer.decode(right[: len(right) // 2]))  # of the tokens, so that it is a block less at least
+    early = max(text.rfind(" ", 0, half), text.rfind("\n", 0, half) + 1)
+    places = {"too early": early if early > 0 else half, "too late": end + len(reader(0))}
+    primed = {"right": right} | {name: run.tokens(text[:place]) for name, place in places.items()}
     block_ends = range(run.whole_blocks(len(primed["right"])), 0, -run.block_size)
     for block_end in block_ends[:40]:  # a text without letters has no such place
         about = len(run.tokenizer.decode(whole[:block_end]))
@@ -693,6 +709,7 @@ class Run:
         heads, layers = shape.get_num_kv_heads(parallel), shape.get_num_layers(parallel)
         self.dtype_bytes: int = shape.dtype.itemsize
         self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
+        self.vocabulary: int = shape.get_vocab_size()
         self.max_model_len, self.block_size = shape.max_model_len, config.cache_config.block_size
         if 0 < args.prefix_tokens < 2 * self.block_size:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * self.block_size} tokens here")
@@ -912,13 +929,14 @@ def find_model(name: str) -> str:
     try:  # the libraries below retry for a minute; this does not
         urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="HEAD"), timeout=10).close()
         return name
-    except urllib.error.HTTPError as error:
-        raise LessonError(f"the hub answers {error.code} for {name}: check the name, or run `hf auth login`") from error
-    except OSError as unreachable:
+    except OSError as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            advice = "check the name, or run `hf auth login`"
+            raise LessonError(f"the hub answers {error.code} for {name}: {advice}") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:
-            raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from unreachable
+            raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from error
 
 
 def telling_line(error: BaseException) -> str:

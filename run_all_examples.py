@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setup_and_test import end_on_signals, prepare
-from stable_prefix_vs_timestamp import has_usable_vllm, lesson_parser, write_json
+from stable_prefix_vs_timestamp import LessonError, has_usable_vllm, lesson_parser, write_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -200,7 +200,11 @@ def main() -> int:
     if runs:
         summarise(runs)
     if args.json:
-        write_json(args.json, {"schema": 1, "lessons": [run.result for run in runs if run.result]})
+        try:
+            write_json(args.json, {"schema": 1, "lessons": [run.result for run in runs if run.result]})
+        except LessonError as error:
+            print(f"run_all_examples.py: error: {error}", file=sys.stderr)
+            status = status or 1
     return status or int(any(run.status for run in runs))
 
 

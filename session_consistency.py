@@ -179,6 +179,8 @@ async def pair(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     routers = {arm: router(len(workers)) for arm, router in ARMS.items()}
     for arm in ARMS:
         await prime(run, workers, arm, [prompts[0] for prompts in traffic.prompts.values()])
+    turns = sorted(map(len, traffic.prompts.values()))
+    run.print(f"{len(turns)} sessions of {turns[0]} to {turns[-1]} turns, shuffled every turn (seed {run.args.seed})")
     head = f"{'cached / prompt':>17}{'hits':>6}{'TTFT':>10}"
     run.print(f"{'':13}[bold red]{'BAD: round robin':<36}[/][bold green]GOOD: session affinity")
     run.print(f"turn sessions{head}{head}")
@@ -290,7 +292,7 @@ async def hot_session(run: Run, workers: list[Engine], traffic: Traffic, hot: li
         await prime(run, workers, name, first)
         its_turns = iter(hot)
         for turn, arrivals in enumerate(traffic.arrivals):
-            mixed = random.Random(turn).sample([*arrivals, *["hot"] * len(arrivals)], 2 * len(arrivals))
+            mixed = random.Random(run.args.seed + turn).sample([*arrivals, *["hot"] * len(arrivals)], 2 * len(arrivals))
             requests = [(s, next(its_turns) if s == "hot" else traffic.prompts[s][turn]) for s in mixed]
             await send(workers, "hot session", name, turn, [(s, router.route(s, ids), ids) for s, ids in requests])
         sent = run.arm("hot session", name)
@@ -351,8 +353,7 @@ async def lost_worker(run: Run, workers: list[Engine], traffic: Traffic) -> None
     if later:
         run.claim("they pay one cold turn", max(map(hit_of, cold)) < min(map(hit_of, later)),
                   f"{hit_rate(cold):.0%} found in turn {middle}, {hit_rate(later):.0%} later")  # fmt: skip
-    expected = sum(map(len, traffic.arrivals))
-    run.claim("no request is lost", len(sent) == expected, f"{len(sent)} of {expected} answered")
+    run.print(f"{len(sent)} of {sum(map(len, traffic.arrivals))} requests answered")
 
 
 def hit_of(m: Measurement) -> float:
@@ -719,6 +720,7 @@ class Run:
         heads, layers = shape.get_num_kv_heads(parallel), shape.get_num_layers(parallel)
         self.dtype_bytes: int = shape.dtype.itemsize
         self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
+        self.vocabulary: int = shape.get_vocab_size()
         self.max_model_len, self.block_size = shape.max_model_len, config.cache_config.block_size
         if 0 < args.prefix_tokens < 2 * self.block_size:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * self.block_size} tokens here")
@@ -938,13 +940,14 @@ def find_model(name: str) -> str:
     try:  # the libraries below retry for a minute; this does not
         urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="HEAD"), timeout=10).close()
         return name
-    except urllib.error.HTTPError as error:
-        raise LessonError(f"the hub answers {error.code} for {name}: check the name, or run `hf auth login`") from error
-    except OSError as unreachable:
+    except OSError as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            advice = "check the name, or run `hf auth login`"
+            raise LessonError(f"the hub answers {error.code} for {name}: {advice}") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:
-            raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from unreachable
+            raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from error
 
 
 def telling_line(error: BaseException) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from models import write_llama
 
 from manual_cache_boundary import (
     MARKER,
+    ExplicitEngine,
     PrefixStore,
     UsageError,
     bad_messages,
@@ -179,7 +181,8 @@ def test_the_budget_is_never_exceeded_and_pins_are_never_evicted(puts: list[tupl
             prefixes.put(ids, kv_of(ids), pinned=pin)
         except ValueError:
             continue
-        (pinned.add if pin else pinned.discard)(prefixes.key(ids))
+        if pin:
+            pinned.add(prefixes.key(ids))
         assert prefixes.nbytes() <= 10 * BYTES_PER_TOKEN
         assert pinned <= set(prefixes.entries)
 
@@ -215,6 +218,48 @@ def test_putting_the_same_prefix_again_replaces_it() -> None:
         prefixes.put([1, 1, 1], kv_of([1, 1, 1]))
     assert held(prefixes) == [3]
     assert prefixes.evictions == 0
+
+
+def test_a_pin_stays_when_its_prefix_is_put_again_and_leaves_when_it_is_unpinned() -> None:
+    prefixes, clock = store(100, ttl_s=10)
+    prefixes.put([1, 1], kv_of([1, 1]), pinned=True)
+    prefixes.put([1, 1], kv_of([1, 1]))
+    clock.now = 20.0
+    assert prefixes.get([1, 1, 0])[0] == 2
+    prefixes.unpin([1, 1])
+    assert prefixes.get([1, 1, 0])[0] == 0
+    with pytest.raises(KeyError):
+        prefixes.unpin([1, 1])
+
+
+@pytest.fixture(scope="module")
+def explicit(tmp_path_factory: pytest.TempPathFactory) -> ExplicitEngine:
+    pytest.importorskip("torch")
+    engine = ExplicitEngine(str(write_llama(tmp_path_factory.mktemp("llama"))), on_gpu=False, kv_bytes=0)
+    engine.load(8)
+    return engine
+
+
+IDS = list(range(5, 65))
+
+
+@pytest.mark.parametrize("boundaries", [[20, 40], [40, 20], [20, 40, 60, 99]])
+def test_a_prompt_may_have_several_boundaries_in_any_order(explicit: ExplicitEngine, boundaries: list[int]) -> None:
+    prefixes = PrefixStore(2**30, 100.0, Clock())
+    cached, _, logits = explicit.ask(IDS, boundaries, prefixes)
+    assert (cached, held(prefixes)) == (0, [20, 40]), "a boundary at the end leaves no token to compute: not stored"
+    uncached = explicit.ask(IDS, [], None)[2]
+    other = [*IDS[:30], *IDS[:30]]
+    assert explicit.ask(IDS, boundaries, prefixes)[0] == 40
+    assert explicit.ask(other, [], prefixes)[0] == 20
+    assert float((logits - uncached).abs().max()) <= explicit.tolerance
+
+
+def test_a_prefix_that_the_store_has_no_room_for_is_answered_all_the_same(explicit: ExplicitEngine) -> None:
+    prefixes = PrefixStore(10, 100.0, Clock())
+    cached, _, logits = explicit.ask(IDS, [20], prefixes)
+    assert (cached, held(prefixes)) == (0, [])
+    assert float((logits - explicit.ask(IDS, [], None)[2]).abs().max()) <= explicit.tolerance
 
 
 def test_the_key_is_the_sha_256_of_the_token_ids() -> None:

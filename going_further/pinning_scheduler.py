@@ -13,7 +13,9 @@ end_of_message  the id of that token; without it, token and start are found in t
 
 A request asks through `SamplingParams.extra_args`, over HTTP in `vllm_xargs`:
 {"pin_tokens": N} pins the whole blocks of the prompt's first N tokens, {"unpin": "prefix"} releases every pin that this
-prompt starts with, {"unpin": "all"} every pin. All of it happens when the request ends.
+prompt starts with, {"unpin": "all"} every pin. All of it happens when the request ends. Whoever may send requests may
+do so: nobody else should reach the server. Pins do not age. A clock in the system message makes every request another
+pin, until the share is full of what nobody sends again: {"unpin": "all"} gives it back.
 
 The scheduler answers in the one field of an output that it may fill in, `kv_transfer_params["pinning"]`: how many
 tokens of this prompt are pinned now, how many blocks all pins withhold, and why a pin was refused. A request whose pin
@@ -24,6 +26,7 @@ refusal that was asked for, and for system messages each kind of refusal once.
 from __future__ import annotations
 
 import inspect
+import re
 
 from jinja2 import TemplateError
 
@@ -32,11 +35,11 @@ try:
     from vllm.logger import init_logger
     from vllm.tokenizers import cached_tokenizer_from_config
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.request import Request
 except ImportError as error:
     raise ImportError(f"this vLLM is not one that pins work with, 0.26 to 0.32: {error}") from error
@@ -47,8 +50,12 @@ logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that it goes where 
 RELIES_ON = (
     (Scheduler, "__init__", "vllm_config kv_cache_config block_size"),
     (Scheduler, "_free_request", "request delay_free_blocks"),  # returns a tuple, first the kv_transfer_params
-    (Scheduler, "reset_prefix_cache", ""),
+    (Scheduler, "reset_prefix_cache", "reset_running_requests reset_connector"),
+    (KVCacheConfig, "__init__", "kv_cache_groups"),
+    (KVCacheGroupSpec, "__init__", "kv_cache_spec"),
     (KVCacheManager, "get_blocks", "request_id"),
+    (KVCacheBlocks, "__init__", "blocks"),  # a sequence of KVCacheBlock for each group
+    (KVCacheBlock, "__init__", "block_id"),
     (BlockPool, "touch", "blocks"),
     (BlockPool, "free_blocks", "ordered_blocks"),
     (KVCacheBlock, "block_hash", ""),  # set once the block is full and computed, or about to be in this step
@@ -66,22 +73,44 @@ def check_internals() -> None:
         if missing:
             where = "" if found is None else f" of {owner.__name__}.{name}"
             raise RuntimeError(f"vLLM {__version__} has no {missing}{where}: pins work with vLLM 0.26 to 0.32")
+    if not str(returned := inspect.signature(Scheduler._free_request).return_annotation).startswith("tuple"):
+        answer = f"Scheduler._free_request of vLLM {__version__} returns {returned}, no tuple"
+        raise RuntimeError(f"{answer}: pins work with vLLM 0.26 to 0.32")
+
+
+def check_attributes(scheduler: Scheduler) -> None:
+    """Raise RuntimeError where a scheduler that has been made lacks what is read from it."""
+    for path in ("vllm_config", "kv_cache_config", "block_size", "kv_cache_manager", "kv_cache_manager.block_pool"):
+        owner = scheduler
+        for name in path.split("."):
+            if not hasattr(owner, name):
+                raise RuntimeError(f"the scheduler of vLLM {__version__} has no {path}: pins work with 0.26 to 0.32")
+            owner = getattr(owner, name)
 
 
 def system_message_marks(tokenizer) -> tuple[list[int], int]:
-    """Return the tokens a chat template starts a system message with, and the token that ends it; or ValueError."""
+    """Return the tokens a chat template starts a system message with, and the token that ends it; or ValueError.
+
+    Templates may write the date, or what they say of tools, before the text. So the start ends with the first token
+    that a chat without a system message has not; where it has all of them (there is always a system message), with the
+    last special one.
+    """
     advice = 'give its id as {"pinning": {"end_of_message": ID}}'
     text = "The text of a system message."
     messages = [{"role": "system", "content": text}, {"role": "user", "content": "A question."}]
     try:
         start, _, rest = tokenizer.apply_chat_template(messages, tokenize=False).partition(text)
+        without = tokenizer.apply_chat_template(messages[1:], tokenize=False)
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     except (TemplateError, ValueError, AttributeError) as error:
         raise ValueError(f"no chat template to find the end-of-message token in, {advice}: {error}") from error
     end = tokenizer.encode(rest, add_special_tokens=False)[:1]
     if not special.intersection(end):
         raise ValueError(f"this chat template does not end a system message with a special token: {advice}")
-    return tokenizer.encode(start.rstrip(), add_special_tokens=False), end[0]  # a line's end may join what follows
+    marks = tokenizer.encode(start.rstrip(), add_special_tokens=False)  # a line's end may join what follows
+    others = tokenizer.encode(without, add_special_tokens=False)
+    new = [n for n, token in enumerate(marks) if others[n : n + 1] != [token]][:1]
+    return marks[: 1 + max(new or [n for n, token in enumerate(marks) if token in special], default=-1)], end[0]
 
 
 class PinningScheduler(AsyncScheduler):
@@ -90,6 +119,7 @@ class PinningScheduler(AsyncScheduler):
     def __init__(self, *args, **kwargs) -> None:
         check_internals()
         super().__init__(*args, **kwargs)
+        check_attributes(self)
         config, groups = self.vllm_config, self.kv_cache_config.kv_cache_groups
         if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
             raise ValueError("only a model with full attention in every layer can have a prefix pinned: "
@@ -121,6 +151,7 @@ class PinningScheduler(AsyncScheduler):
             self.starts_with, self.end_of_message = system_message_marks(tokenizer)
         self.block_pool = self.kv_cache_manager.block_pool
         self.pins: dict[bytes, list[KVCacheBlock]] = {}  # by the hash of the last block, which covers all before it
+        self.told: set[str] = set()  # kinds of refusal that stand in the log
         self.withheld: set[int] = set()  # ids of the blocks of all pins: one block may belong to several
         logger.info("pins may withhold %d of %d blocks", self.most_blocks, usable)
 
@@ -130,11 +161,18 @@ class PinningScheduler(AsyncScheduler):
         freed = super()._free_request(request, delay_free_blocks)
         return freed if answer is None else ({"pinning": answer}, *freed[1:])
 
-    def reset_prefix_cache(self, *args, **kwargs) -> bool:
-        """As vLLM does it: while a block is in use the cache is not reset. The log says why."""
-        if self.pins:
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """As vLLM does it: while a block is in use the cache is not reset. The log says why.
+
+        With `reset_running_requests` the KV of running requests is given up, and that of pins as well: vLLM asks for it
+        before it sleeps or after its weights have changed, and then no KV is worth anything.
+        """
+        if self.pins and reset_running_requests:
+            logger.warning("%d pinned prefixes are released: all KV is given up", len(self.pins))
+            self._release("all", [])
+        elif self.pins:
             logger.warning("%d pinned prefixes keep the cache from being reset: release them first", len(self.pins))
-        return super().reset_prefix_cache(*args, **kwargs)
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _obey(self, request: Request) -> dict | None:
         """Pin or release as a request asks, or its system message; nothing here may raise, or the engine would end."""
@@ -155,8 +193,10 @@ class PinningScheduler(AsyncScheduler):
         else:
             tokens -= tokens % self.block_size
             refused = self._pin(blocks[: tokens // self.block_size], tokens)
-        if refused:
-            logger.warning_once("%s is not pinned: %s", who, refused)
+        kind = re.sub(r"\d+", "N", f"{refused}")
+        if refused and ("pin_tokens" in asked or kind not in self.told):
+            logger.warning("%s is not pinned: %s", who, refused)
+            self.told.add(kind)
         return {"pinned_tokens": 0 if refused else tokens, "withheld_blocks": len(self.withheld), "refused": refused}
 
     def _system_message_tokens(self, ids: list[int]) -> int | None:

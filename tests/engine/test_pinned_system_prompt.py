@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import signal
 import socket
@@ -267,10 +268,20 @@ def test_the_cache_is_reset_once_all_pins_are_released() -> None:
     for _ in range(2):
         desk.ask(unique(2 * BLOCK), pin_tokens=2 * BLOCK)
     assert not desk.scheduler.reset_prefix_cache()
-    with pytest.raises(RuntimeError, match="Failed to reset"):  # so that vLLM does not sleep over a pinned prefix
-        desk.scheduler.reset_prefix_cache(reset_running_requests=True)
     assert desk.ask(unique(9), unpin="all")[1] == {"released": 2, "withheld_blocks": 0, "refused": None}
     assert desk.scheduler.reset_prefix_cache()
+
+
+def test_before_vllm_sleeps_or_changes_weights_pins_are_released_and_the_cache_is_reset() -> None:
+    desk, prefix = Desk(), unique(2 * BLOCK)
+    desk.ask(prefix + unique(9), pin_tokens=2 * BLOCK)
+    desk.send(unique(3 * BLOCK), max_tokens=50)
+    desk.step()
+    assert desk.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert (desk.scheduler.pins, desk.scheduler.withheld) == ({}, set())
+    desk.finish()
+    assert desk.ask(prefix + unique(9)) == (0, None)
+    assert desk.free_blocks() == BLOCKS - 1
 
 
 def test_pins_never_exceed_their_share_and_beyond_it_a_request_runs_unpinned() -> None:
@@ -382,10 +393,11 @@ def test_a_given_end_of_message_token_ends_the_first_message_whatever_it_is(toke
     assert desk.ask(unique(5 * BLOCK))[1] is None
 
 
-def test_a_refused_system_message_stands_in_the_log_once(tokenizer, caplog) -> None:
+def test_a_refused_system_message_stands_in_the_log_once(tokenizer, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk(pinning={"system_message": True, "share": 0.03})
-    for question in "abc":
-        desk.ask(chat(tokenizer, ("system", LONG), ("user", question)))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # to where caplog listens
+    for longer in ("", "And it is kind. " * 8, "And it is patient. " * 16):
+        desk.ask(chat(tokenizer, ("system", LONG + longer), ("user", "a")))
     lines = [record.getMessage() for record in caplog.records if "is not pinned" in record.getMessage()]
     assert len(lines) == 1, lines
     assert lines[0].startswith("a system message is not pinned: pins would withhold")
@@ -396,6 +408,29 @@ def test_marks_of_a_system_message_are_found_in_the_template(tokenizer) -> None:
 
     start = tokenizer.encode("<|im_start|>system")
     assert system_message_marks(tokenizer) == (start, tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+
+HEADED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+DATED = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}<|im_start|>system\n"
+    "{% if tools %}Environment: shell\n{% endif %}Today Date: {{ strftime_now('%H:%M:%S') }}\n\n{{ system }}<|im_end|>"
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(("template", "start"), [(HEADED, "<|im_start|>system"), (DATED, "<|im_start|>")])
+def test_the_start_of_a_system_message_holds_no_date_and_nothing_of_tools(template: str, start: str) -> None:
+    from transformers import AutoTokenizer
+
+    from going_further.pinning_scheduler import system_message_marks
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = template
+    assert system_message_marks(tokenizer)[0] == tokenizer.encode(start)
+    messages = [{"role": "system", "content": LONG}, {"role": "user", "content": "Hello."}]
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert tokenizer.encode(text)[: len(tokenizer.encode(start))] == tokenizer.encode(start)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +484,11 @@ def test_this_is_all_of_vllm_that_pins_rely_on() -> None:
     assert {f"{owner.__name__}.{name}({parameters})" for owner, name, parameters in RELIES_ON} == {
         "Scheduler.__init__(vllm_config kv_cache_config block_size)",
         "Scheduler._free_request(request delay_free_blocks)",
-        "Scheduler.reset_prefix_cache()",
+        "Scheduler.reset_prefix_cache(reset_running_requests reset_connector)",
+        "KVCacheConfig.__init__(kv_cache_groups)",
+        "KVCacheGroupSpec.__init__(kv_cache_spec)",
+        "KVCacheBlocks.__init__(blocks)",
+        "KVCacheBlock.__init__(block_id)",
         "KVCacheManager.get_blocks(request_id)",
         "BlockPool.touch(blocks)",
         "BlockPool.free_blocks(ordered_blocks)",
@@ -466,6 +505,28 @@ def test_a_vllm_without_one_of_them_is_an_error_that_names_it(gone: str, monkeyp
     owner = next(owner for owner, name, _ in RELIES_ON if name == gone)
     monkeypatch.delattr(owner, gone)
     with pytest.raises(RuntimeError, match=rf"has no {owner.__name__}\.{gone}: pins work with vLLM 0.26 to 0.32"):
+        check_internals()
+
+
+def test_a_scheduler_without_what_is_read_from_it_is_an_error_that_names_it() -> None:
+    from going_further.pinning_scheduler import check_attributes
+
+    scheduler = Desk().scheduler
+    check_attributes(scheduler)
+    del scheduler.kv_cache_manager.block_pool
+    with pytest.raises(RuntimeError, match=r"has no kv_cache_manager\.block_pool: pins work with 0.26 to 0.32"):
+        check_attributes(scheduler)
+
+
+def test_a_request_that_is_freed_without_a_tuple_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from going_further.pinning_scheduler import check_internals
+
+    def _free_request(self, request, delay_free_blocks=False) -> None: ...
+
+    monkeypatch.setattr(Scheduler, "_free_request", _free_request)
+    with pytest.raises(RuntimeError, match="returns None, no tuple"):
         check_internals()
 
 

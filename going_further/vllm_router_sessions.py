@@ -179,6 +179,8 @@ def describe(fault: Exception, keyed: bool) -> str:
 
     if isinstance(fault, TimeoutError):
         return "timeout"
+    if isinstance(fault, NoAnswer):
+        return "no OpenAI answer"
     if isinstance(fault, openai.APIStatusError):
         phrases = {status.value: f" {status.phrase}" for status in HTTPStatus}
         kind = f"HTTP {fault.status_code}{phrases.get(fault.status_code, '')}"
@@ -200,14 +202,24 @@ def describe(fault: Exception, keyed: bool) -> str:
     return f"{kind}: {''.join(c for c in ' '.join(said.split()) if c.isprintable())[:200]}"
 
 
+class NoAnswer(Exception):
+    """What came is JSON, but not of the form of the OpenAI API."""
+
+
+def of_type(kind: type, value: object):
+    """Return `value`; raise NoAnswer where it is of another type."""
+    if not isinstance(value, kind):
+        raise NoAnswer
+    return value
+
+
 async def ask(
     client: AsyncOpenAI, args: argparse.Namespace, messages: list[dict], reply: Reply, headers: dict
 ) -> Reply:
     """Send one turn, read its stream to the end, and return `reply` with what came of it, a fault included."""
     from openai.types.chat import ChatCompletionChunk
 
-    first = usage = None
-    ended = spoke = False
+    first, ended, spoke, usage = None, False, False, {}
     start = time.perf_counter()
     try:
         async with asyncio.timeout(args.timeout):
@@ -215,25 +227,31 @@ async def ask(
                 model=args.served_model, messages=messages, max_tokens=OUTPUT_TOKENS, temperature=0, stream=True,
                 stream_options={"include_usage": True}, extra_headers=headers,
             )  # fmt: skip
-            async for chunk in stream:
-                if not isinstance(chunk, ChatCompletionChunk):
-                    return dataclasses.replace(reply, error="no OpenAI answer")
-                usage = chunk.usage or usage
-                for choice in (choice for choice in chunk.choices or [] if choice.delta is not None):
-                    ended = ended or choice.finish_reason is not None
-                    text = any(value for key, value in choice.delta if key != "role")
-                    # A token may have no text (random weights make many such); a chunk with the role alone is no token.
-                    if text or (choice.delta.role is None and choice.delta.content is not None):
-                        first, spoke = first or time.perf_counter(), spoke or text
-    except http_faults() as fault:
+            async with stream:
+                async for chunk in stream:
+                    now = time.perf_counter()
+                    # The client does not check what it passes on: as a dictionary it has what was sent.
+                    body = of_type(ChatCompletionChunk, chunk).to_dict(warnings=False)
+                    usage = of_type(dict, body.get("usage") or usage)
+                    for choice in of_type(list, body.get("choices") or []):
+                        delta = of_type(dict, of_type(dict, choice).get("delta") or {})
+                        ended = ended or choice.get("finish_reason") is not None
+                        text = any(value for key, value in delta.items() if key != "role")
+                        # A token may have no text (random weights make many such); the role alone is no token.
+                        if text or (delta.get("role") is None and delta.get("content") is not None):
+                            first, spoke = first or now, spoke or text
+        prompt, made = (of_type(int | None, usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
+        details = of_type(dict, usage.get("prompt_tokens_details") or {})
+        cached = of_type(int | None, details.get("cached_tokens"))
+    except (NoAnswer, *http_faults()) as fault:
         return dataclasses.replace(reply, error=describe(fault, args.key is not None))
-    if first is None or not (spoke or (usage and usage.completion_tokens)):
+    if first is None or not (spoke or made):
         return reply
     if not ended:
         return dataclasses.replace(reply, error="stream cut off")
-    details = usage and usage.prompt_tokens_details
-    tokens = dict(prompt_tokens=usage and usage.prompt_tokens, cached_tokens=details and details.cached_tokens)
-    return dataclasses.replace(reply, **tokens, ttft_ms=(first - start) * 1000, error=None)
+    return dataclasses.replace(
+        reply, prompt_tokens=prompt, cached_tokens=cached, ttft_ms=(first - start) * 1000, error=None
+    )
 
 
 # --- all sessions ---
@@ -737,10 +755,10 @@ async def find_served_model(args: argparse.Namespace) -> str:
                 listed = await client.get("/models", cast_to=object)
         except http_faults() as fault:
             raise LessonError(f"no list of models: {describe(fault, args.key is not None)}; {hint}") from fault
-    models = listed.get("data") if isinstance(listed, dict) else None
-    if not models:
-        raise LessonError(f"no list of models: {hint}")
-    return models[0]["id"]
+    match listed:
+        case {"data": [{"id": str(name)}, *_]}:
+            return name
+    raise LessonError(f"no list of models: {hint}")
 
 
 def probe(args: argparse.Namespace) -> int:
@@ -830,7 +848,9 @@ def parse_args() -> argparse.Namespace:
     add("--api-key-env", metavar="NAME", help="the environment variable that holds its API key")
     add("--session-header", metavar="NAME", help=f"the header that carries the session (default: {ROUTER_HEADER})")
     add("--served-model", metavar="NAME", help="its model (default: the first one that it lists)")
-    args = parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    if unknown:  # argparse would repeat them
+        raise UsageError("there are arguments that are not known here: see --help; a key is given by --api-key-env")
     args.key = None
     if args.base_url is None:
         if args.api_key_env or args.session_header or args.served_model:

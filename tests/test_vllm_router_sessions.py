@@ -198,6 +198,17 @@ def test_sessions_that_do_not_fit_into_one_cache_are_refused_with_the_numbers() 
 # --- a deployment with faults ---
 
 
+MALFORMED = {
+    "choices-text": {"choices": "abc"},
+    "choice-null": {"choices": [None]},
+    "delta-text": {"choices": [{"index": 0, "delta": "hi"}]},
+    "usage-text": {"usage": "none"},
+    "tokens-text": {"usage": {"prompt_tokens": "40", "completion_tokens": 2}},
+    "details-list": {"usage": {"prompt_tokens": 40, "completion_tokens": 2, "prompt_tokens_details": [1]}},
+}
+LISTS = {"named": {"data": [{"name": "x"}]}, "object": {"data": {"id": "x"}}, "texts": ["m"], "none": {"data": []}}
+
+
 class Faulty(http.server.BaseHTTPRequestHandler):
     """Answers /MODE/v1/... the way MODE says, and remembers what it was sent."""
 
@@ -214,6 +225,8 @@ class Faulty(http.server.BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"object": "list", "data": [{"id": "listed", "object": "model"}]}))
         elif mode == "html":
             self.answer(200, "<html>a proxy</html>", "text/html")
+        elif mode in LISTS:
+            self.answer(200, json.dumps(LISTS[mode]))
         else:
             self.refuse(404)
 
@@ -273,10 +286,15 @@ class Faulty(http.server.BaseHTTPRequestHandler):
         ]
         if mode not in ("empty", "cut", "broken", "error"):
             chunks[-1]["choices"][0]["finish_reason"] = "length"
+        if mode not in ("empty", "cut", "broken", "error", *MALFORMED):
             chunks.append({"id": "1", "object": "chat.completion.chunk", "choices": [], "usage": usage})
         if mode == "error":
             chunks.append({"error": {"message": f"sorry {self.headers.get('Authorization')}", "code": 500}})
+        if mode in MALFORMED:
+            chunks[1] = {"id": "1", "object": "chat.completion.chunk", "choices": [], **MALFORMED[mode]}
         lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+        if mode == "number":
+            lines[1] = "data: 5\n\n"
         if mode == "garbage":
             lines[1] = "data: {not json\n\n"
         if mode in ("silent", "cookie", "empty"):
@@ -353,11 +371,13 @@ def probe(tmp_path: Path, faulty: str):
         ("html", "no token"),
         ("error", "error in the stream"),
         ("garbage", "no OpenAI answer"),
+        ("number", "no OpenAI answer"),
+        *((mode, "no OpenAI answer") for mode in MALFORMED),
     ],
 )
 def test_a_fault_is_counted_in_its_arm_and_never_gets_a_time(probe, mode: str, kind: str) -> None:
     done = probe(mode)
-    assert done.status == 1
+    assert (done.status, done.err) == (1, "")
     assert [line.split() for line in done.out.splitlines() if line.startswith("failed:")] == [
         ["failed:", *kind.split(), "4", "4"]
     ]
@@ -433,7 +453,8 @@ def test_the_session_is_sent_in_its_header_in_one_arm_and_no_cookie_in_any(probe
 
 
 def test_a_deployment_that_lists_no_models_is_one_line_that_says_what_to_check(probe) -> None:
-    for mode, says in (("404", "HTTP 404 Not Found"), ("html", "no list of models: check --base-url")):
+    others = ((mode, "no list of models: check --base-url") for mode in ("html", *LISTS))
+    for mode, says in (("404", "HTTP 404 Not Found"), *others):
         done = probe(mode, named=False)
         assert done.status == 1
         assert len(done.err.splitlines()) == 1
@@ -464,6 +485,7 @@ def test_an_unknown_host_and_a_failed_handshake_have_names_of_their_own() -> Non
         (["--base-url", "http://127.0.0.1/v1", "--session-header", "x session"], "the name of an HTTP header"),
         (["--base-url", "http://127.0.0.1/v1", "--workers", "2"], "give one or the other"),
         (["--api-key-env", "NAME"], "go with --base-url"),
+        (["--base-url", "http://127.0.0.1/v1", "--token", KEY], "arguments that are not known"),
     ],
 )
 def test_bad_input_is_one_line_that_repeats_no_secret(options: list[str], says: str) -> None:

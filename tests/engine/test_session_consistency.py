@@ -54,6 +54,11 @@ def test_deeper_shows_the_price_of_a_hot_session_and_the_loss_of_a_worker(run_sc
         assert sum(m["session"] == "hot" for m in sent) * 2 == len(sent), "the hot session sends half of all requests"
     after = [m for m in done.rows("lost worker", "good") if m["request"] >= 2]
     assert len({m["worker"] for m in after}) == 1, "one of two workers is left"
+    turns = [
+        sorted((m["session"], m["request"]) for m in done.rows(*of))
+        for of in (("lost worker", "good"), ("main", "good"))
+    ]
+    assert turns[0] == turns[1], "no request is lost"
 
 
 def test_another_architecture_block_size_and_seed(run_script, check_result, tmp_path: Path) -> None:

@@ -205,14 +205,15 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
     cores, children = sorted(os.sched_getaffinity(0)), []
     with ending(children):
         for n, port in enumerate(free_ports(2)):
-            children.append(start(f"server {n}", port, server, folder, VLLM_CPU_OMP_THREADS_BIND=str(cores[n])))
+            place = dict(VLLM_CPU_OMP_THREADS_BIND=str(cores[n]), TMPDIR=str(folder))
+            children.append(start(f"server {n}", port, server, folder, **place))
         wait_until_healthy(children)
         workers = [child.url for child in children]
         for policy in ("consistent_hash", "round_robin"):
             port, metrics = free_ports(2)
             router = ["vllm_router.launch_router", "--policy", policy, "--prometheus-port", str(metrics)]
             command = [sys.executable, "-m", *router, "--worker-urls", *workers]
-            children.append(start(policy, port, command, folder))
+            children.append(start(policy, port, command, folder, TMPDIR=str(folder)))
         wait_until_healthy(children)
         yield {child.name: child.url for child in children}
 

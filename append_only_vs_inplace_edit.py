@@ -710,7 +710,7 @@ class Run:
             "hit rate (cached / prompt tokens)": lambda arm: f"{hit_rate(arm):.1%}",
             "tokens computed": lambda arm: f"{sum(m.computed_tokens for m in arm):,}",
             "TTFT, median": lambda arm: milliseconds(statistics.median(m.ttft_ms for m in arm)),
-            "TTFT, range": lambda arm: f"{min(m.ttft_ms for m in arm):,.1f} - {max(m.ttft_ms for m in arm):,.1f} ms",
+            "TTFT, range": ttft_range,
         }
         self.print(f"\n[bold]{'without request 0':<36}{'bad':>20}{'good':>20}")
         for name, cell in rows.items():
@@ -771,6 +771,10 @@ def milliseconds(value: float) -> str:
     if value >= 1000:
         return f"{value / 1000:.2f} s"
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+
+
+def ttft_range(measurements: list[Measurement]) -> str:
+    return "{:,.1f} - {:,.1f} ms".format(*(f(m.ttft_ms for m in measurements) for f in (min, max)))
 
 
 def hit_rate(measurements: list[Measurement]) -> float:

@@ -325,6 +325,9 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
 # --- the further experiments: --deeper ---
 
 
+SAMPLES = 5
+
+
 def boundary_places(run: Run, prompt: str) -> dict[str, list[int]]:
     """Return what is primed, as token ids, with the boundary where it belongs and where it does not."""
     text, whole = run.render(good_messages(prompt, 0)), run.encode(good_messages(prompt, 0))
@@ -347,12 +350,11 @@ def boundary_places(run: Run, prompt: str) -> dict[str, list[int]]:
 
 
 async def boundaries_on_vllm(run: Run, engine: Engine, primed: dict[str, list[int]], whole: list[int]) -> None:
-    """Prime with each boundary, then let the first user come; three times, from an empty cache."""
-    for name, ids in primed.items():
-        for n in range(3):
-            await engine.reset()
-            await engine.ask(ids, "boundary", f"{name}, primed", n)
-            await engine.ask(whole, "boundary", name, n)
+    """Prime with each boundary in turn, then let the first user come, from an empty cache each time."""
+    for n, (name, ids) in itertools.product(range(SAMPLES), primed.items()):
+        await engine.reset()
+        await engine.ask(ids, "boundary", f"{name}, primed", n)
+        await engine.ask(whole, "boundary", name, n)
 
 
 def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, list[int]], whole: list[int]) -> None:
@@ -367,7 +369,7 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
     run.print(f"{'boundary':<16}{'primed':>7}{'vLLM':>7}{'TTFT':>10}{'store':>8}{'TTFT':>10}  because")
     for name, ids in primed.items():
         exact = len(ids) if whole[: len(ids)] == ids else 0
-        for n in range(3):
+        for n in range(SAMPLES):
             store = PrefixStore(explicit.store_bytes, ttl_s=300, clock=time.monotonic)
             store.put(ids, explicit.prefill(ids)[0])
             cached, ms, _ = explicit.ask(whole, [], store)
@@ -824,7 +826,7 @@ class Run:
             "hit rate (cached / prompt tokens)": lambda arm: f"{hit_rate(arm):.1%}",
             "tokens computed": lambda arm: f"{sum(m.computed_tokens for m in arm):,}",
             "TTFT, median": lambda arm: milliseconds(statistics.median(m.ttft_ms for m in arm)),
-            "TTFT, range": lambda arm: f"{min(m.ttft_ms for m in arm):,.1f} - {max(m.ttft_ms for m in arm):,.1f} ms",
+            "TTFT, range": ttft_range,
         }
         self.print(f"\n[bold]{'without request 0':<36}{'bad':>20}{'good':>20}")
         for name, cell in rows.items():
@@ -885,6 +887,10 @@ def milliseconds(value: float) -> str:
     if value >= 1000:
         return f"{value / 1000:.2f} s"
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+
+
+def ttft_range(measurements: list[Measurement]) -> str:
+    return "{:,.1f} - {:,.1f} ms".format(*(f(m.ttft_ms for m in measurements) for f in (min, max)))
 
 
 def hit_rate(measurements: list[Measurement]) -> float:

@@ -143,18 +143,21 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
 # --- the further experiments: --deeper ---
 
 
+SAMPLES = 5
+
+
 async def position_sweep(run: Run, engine: Engine, system: str) -> None:
     """Change one token at five places of one prompt; at 0 % the change is one more space between two words."""
     base, words = run.encode(good_messages(system, 0)), system.split(" ")
     run.print("\n[bold]Where the change stands[/]: one token differs, everything after it is lost")
-    run.print(f"{'changed at':<20}{'cached / prompt':>18}{'TTFT':>10}")
+    run.print(f"{'changed at':<18}{'cached / prompt':>16}{'TTFT, median':>14}{'range':>20}")
     await engine.reset()
     await engine.ask(base, "position", "base", 0)
     for percent in (0, 25, 50, 75, 100):
         at = min(len(base) * percent // 100, len(base) - 1)
         others = sorted(set(base) - {base[at]})
         measured, kept = [], []
-        for n in range(3):
+        for n in range(SAMPLES):
             ids = [*base[:at], others[n], *base[at + 1 :]]
             if percent == 0:  # not before the first word: some templates strip what stands there
                 ids = run.encode(good_messages(" ".join([*words[: n + 1], "", *words[n + 1 :]]), 0))
@@ -166,38 +169,40 @@ async def position_sweep(run: Run, engine: Engine, system: str) -> None:
         ttft = statistics.median(m.ttft_ms for m in measured)
         label = f"{percent} %" + (" (extra space)" if percent == 0 else "")
         counts = f"{found[0]:,} / {measured[0].prompt_tokens:,}"
-        run.print(f"{label:<20}{counts:>18}{milliseconds(ttft):>10}  {run.bar(hit_rate(measured))}")
+        bar = run.bar(hit_rate(measured), width=10)
+        run.print(f"{label:<18}{counts:>16}{milliseconds(ttft):>14}{ttft_range(measured):>20}  {bar}")
 
 
 async def user_data(run: Run, engine: Engine, system: str) -> None:
     """Put what is known of the customer into the system message, or into the message after it."""
     run.print("\n[bold]User data[/]: from the general to the particular (instructions, context, question)")
-    run.print(f"{'user data':<32}{'hit rate':>10}{'TTFT, median':>16}")
+    run.print(f"{'user data':<28}{'hit rate':>10}{'TTFT, median':>16}{'range':>22}")
     arms: dict[str, list[Measurement]] = {"inside the system message": [], "in the message after it": []}
     await engine.reset()
-    for n in range(4):
+    for n in range(1 + SAMPLES):
         profile = f"Customer C-{10482 + 7 * n}, member since {2015 + n}, language English, {n} open orders.\n"
-        inside = [system.replace(INSTRUCTIONS, INSTRUCTIONS + profile, 1), QUESTIONS[n]]
-        after = [system, profile + QUESTIONS[n]]
-        for arm, contents in zip(arms, (inside, after), strict=True):
+        question = QUESTIONS[n % len(QUESTIONS)]
+        inside = [system.replace(INSTRUCTIONS, INSTRUCTIONS + profile, 1), question]
+        both = [*zip(arms, (inside, [system, profile + question]), strict=True)]
+        for arm, contents in (both, reversed(both))[n % 2]:
             messages = [{"role": role, "content": c} for role, c in zip(("system", "user"), contents, strict=True)]
             arms[arm].append(await engine.ask(run.encode(messages), "user_data", arm, n))
     for arm, measured in arms.items():
         ttft = statistics.median(m.ttft_ms for m in measured[1:])
-        run.print(f"{arm:<32}{hit_rate(measured[1:]):>10.1%}{milliseconds(ttft):>16}")
+        run.print(f"{arm:<28}{hit_rate(measured[1:]):>10.1%}{milliseconds(ttft):>16}{ttft_range(measured[1:]):>22}")
     inside, after = (sum(m.cached_tokens for m in measured[1:]) for measured in arms.values())
     run.claim("user data after the system message leaves it cached", after > inside, f"{after:,} and {inside:,} tokens")
 
 
 async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> None:
     """Miss and hit at growing length. Decoding is the control: a hit skips prefill only."""
-    run.print("\n[bold]Prompt length[/]: a miss grows, a hit hardly; decoding (TPOT) is the control")
+    run.print("\n[bold]Prompt length[/]: a miss grows, a hit hardly; decoding (TPOT) is the control (medians)")
     run.print("  tokens      miss       hit  speed-up   bound  reached  TPOT: miss      hit")
     for length in (run.args.prefix_tokens * eighths // 8 for eighths in (1, 2, 4, 8, 16)):
         if not 2 * run.block_size <= length <= len(ids):
             continue
         arms: dict[str, list[Measurement]] = {"miss": [], "hit": []}
-        for n in range(3):
+        for n in range(SAMPLES):
             await engine.reset()
             for arm in arms:
                 arms[arm].append(await engine.ask(ids[:length], f"length {length}", arm, n, max_tokens=33))
@@ -627,7 +632,7 @@ class Run:
             "hit rate (cached / prompt tokens)": lambda arm: f"{hit_rate(arm):.1%}",
             "tokens computed": lambda arm: f"{sum(m.computed_tokens for m in arm):,}",
             "TTFT, median": lambda arm: milliseconds(statistics.median(m.ttft_ms for m in arm)),
-            "TTFT, range": lambda arm: f"{min(m.ttft_ms for m in arm):,.1f} - {max(m.ttft_ms for m in arm):,.1f} ms",
+            "TTFT, range": ttft_range,
         }
         self.print(f"\n[bold]{'without request 0':<36}{'bad':>20}{'good':>20}")
         for name, cell in rows.items():
@@ -688,6 +693,10 @@ def milliseconds(value: float) -> str:
     if value >= 1000:
         return f"{value / 1000:.2f} s"
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+
+
+def ttft_range(measurements: list[Measurement]) -> str:
+    return "{:,.1f} - {:,.1f} ms".format(*(f(m.ttft_ms for m in measurements) for f in (min, max)))
 
 
 def hit_rate(measurements: list[Measurement]) -> float:

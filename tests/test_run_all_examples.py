@@ -79,6 +79,19 @@ def test_the_summary_of_a_recorded_run_fits_80_columns_and_leaves_out_request_0(
         assert result["lesson"] in out
 
 
+def test_a_summary_that_cannot_be_written_after_all_is_one_line_and_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gone" / "out.json"
+    path.parent.mkdir()
+    monkeypatch.setattr(run_all_examples, "has_usable_vllm", lambda: path.parent.rmdir() or True)  # after the options
+    monkeypatch.setattr(run_all_examples, "LESSONS", {})
+    monkeypatch.setattr("sys.argv", ["run_all_examples.py", "--json", str(path)])
+    assert run_all_examples.main() == 1
+    err = capsys.readouterr().err
+    assert err == f"run_all_examples.py: error: cannot write {path}: No such file or directory\n"
+
+
 def test_a_lesson_without_result_is_named_in_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
     summarise([LessonRun(1, 1, 3.0, None)])
     assert "no result: exit status 1 after 3 s" in capsys.readouterr().out

@@ -69,7 +69,13 @@ def test_deeper_adds_all_further_experiments(run_script, check_result) -> None:
 def test_another_architecture_tokenizer_template_and_block_size(
     block_size: int, run_script, check_result, tmp_path: Path
 ) -> None:
-    model = write_llama(tmp_path / "llama")
+    from transformers import AutoTokenizer
+
+    model = write_llama(tmp_path / "llama", vocab_size=700)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(model)
+    assert max(tokenizer.get_vocab().values()) == 700, "a token for which the model has no room: never generated"
     sizes = ["--block-size", str(block_size), "--prefix-tokens", "1000", "--requests", "5", "--deeper"]
     done = run_script(SCRIPT, "--model", str(model), *sizes)
     assert done.status == 0, done.out + done.err

@@ -257,7 +257,7 @@ async def compaction(run: Run, engine: Engine, static: str) -> None:
 
 async def generated_tokens(run: Run, engine: Engine, static: str) -> None:
     """Send back what the model wrote, as its token ids or as text that is tokenised again."""
-    known = sorted(n for n in run.tokenizer.get_vocab().values() if n < run.vocabulary)  # either may have more of them
+    known = sorted(n for n in run.tokenizer.get_vocab().values() if n < run.vocabulary)  # either may be the larger
     ids = run.encode(good_messages(static, 0))
     ids = ids[: run.whole_blocks(len(ids)) - 8]  # so that what is generated completes a block
     following = run.encode([{"role": "user", "content": "Go on."}])

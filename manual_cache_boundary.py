@@ -28,6 +28,7 @@ live, pinned on request. Its answers are compared with uncached ones.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import dataclasses
@@ -334,7 +335,8 @@ def boundary_places(run: Run, prompt: str) -> dict[str, list[int]]:
     end = text.index(reader(0))
     right = run.tokens(text[:end])
     right = right[: common_prefix(right, whole)]  # what follows may change the last token
-    half = len(run.tokenizer.decode(right[: len(right) // 2]))  # of the tokens, so that it is a block less at least
+    # half of the tokens, so that it is a block less at least; part of a prompt's tokens may be no text
+    half = bisect.bisect_right(range(end), len(right) // 2, key=lambda place: run.count(text[:place])) - 1
     early = max(text.rfind(" ", 0, half), text.rfind("\n", 0, half) + 1)
     places = {"too early": early if early > 0 else half, "too late": end + len(reader(0))}
     primed = {"right": right} | {name: run.tokens(text[:place]) for name, place in places.items()}

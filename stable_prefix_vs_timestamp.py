@@ -170,7 +170,7 @@ async def position_sweep(run: Run, engine: Engine, system: str) -> None:
         label = f"{percent} %" + (" (extra space)" if percent == 0 else "")
         counts = f"{found[0]:,} / {measured[0].prompt_tokens:,}"
         bar = run.bar(hit_rate(measured), width=10)
-        run.print(f"{label:<18}{counts:>16}{milliseconds(ttft):>14}{ttft_range(measured):>20}  {bar}")
+        run.print(f"{label:<18}{counts:>16}{milliseconds(ttft):>14}{ttft_range(measured):>20}  {bar}".rstrip())
 
 
 async def user_data(run: Run, engine: Engine, system: str) -> None:
@@ -196,7 +196,7 @@ async def user_data(run: Run, engine: Engine, system: str) -> None:
 
 async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> None:
     """Miss and hit at growing length. Decoding is the control: a hit skips prefill only."""
-    run.print("\n[bold]Prompt length[/]: a miss grows, a hit hardly; decoding (TPOT) is the control (medians)")
+    run.print("\n[bold]Prompt length[/]: a miss grows, a hit hardly; decoding (TPOT) is the control")
     run.print("  tokens      miss       hit  speed-up   bound  reached  TPOT: miss      hit")
     for length in (run.args.prefix_tokens * eighths // 8 for eighths in (1, 2, 4, 8, 16)):
         if not 2 * run.block_size <= length <= len(ids):
@@ -215,7 +215,7 @@ async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> None:
         )
         most = max(m.computed_tokens for m in arms["hit"])
         run.claim(f"a hit of {length} tokens computes at most one block", most <= run.block_size, f"{most} tokens")
-    run.print("bound: prompt / computed tokens; what is missing is the fixed cost of a step")
+    run.print("medians; bound: prompt / computed tokens; missing: the fixed cost of a step")
 
 
 async def naive_speed_up(run: Run) -> None:

@@ -109,7 +109,7 @@ def check_content(content: object, line: int) -> None:
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
-        raise UsageError(f"line {line}: a message's content is a {type(content).__name__}, not text")
+        raise UsageError(f"line {line}: a message's content is of type {type(content).__name__}, not text")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
@@ -158,6 +158,11 @@ def parse_line(raw: bytes, line: int, offset: int) -> Request:
         value = json.loads(raw.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"line {line}: no JSON: {error}") from error
+    if rb"\ud" in raw.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"line {line}: a text with half of a surrogate pair, which is no character") from error
     if isinstance(value, dict) and isinstance(value.get("body"), dict):
         value = value["body"]
     if not isinstance(value, dict) or not isinstance(value.get("messages"), list) or not value["messages"]:

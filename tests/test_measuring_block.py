@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import http.server
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from stable_prefix_vs_timestamp import (
     LessonError,
     Measurement,
     common_prefix,
+    find_model,
     root_cause,
     time_verdict,
     write_json,
@@ -128,3 +131,58 @@ def test_json_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Pa
     with pytest.raises(LessonError, match="cannot write"):
         write_json(tmp_path / "file.json", {"n": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Return a function that puts a hub in place which answers everything with one status; None: nobody answers."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    servers = []
+
+    def put(status: int | None) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{servers[0].server_port}")
+        if status is None:
+            servers.pop().server_close()
+        else:
+            threading.Thread(target=servers[0].serve_forever, daemon=True).start()
+
+    yield put
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (404, "the hub answers 404 for some/model: check the name"),
+        (401, "the hub answers 401 for some/model: check the name"),
+        (503, "some/model: no folder, not downloaded, and the hub is out of reach"),
+        (None, "some/model: no folder, not downloaded, and the hub is out of reach"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_one_line(hub, status: int | None, says: str) -> None:
+    hub(status)
+    with pytest.raises(LessonError, match=says):
+        find_model("some/model")
+
+
+@pytest.mark.parametrize("status", [503, None])
+def test_a_hub_that_is_down_does_not_hide_a_model_that_is_downloaded(hub, status: int | None, tmp_path: Path) -> None:
+    hub(status)
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    assert find_model("some/model") == str(snapshot)

@@ -221,26 +221,23 @@ class ExplicitEngine:
 
     tolerance = 1e-3  # of logits in float32, which differ by rounding only; other dtypes would need more
 
-    def __init__(self, model: str, on_gpu: bool, kv_bytes: int) -> None:
-        """Find out whether there is such a model and memory for it; `load` makes it.
+    def __init__(self, model: str, device: str, memory: int, kv_bytes: int) -> None:
+        """Find out whether there is such a model and `memory` bytes are enough for it; `load` makes it on `device`.
 
         `kv_bytes` is the size of the longest prompt's KV: a request, its entry in the store and copies of both.
         """
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.config, self.device = AutoConfig.from_pretrained(model), "cuda" if on_gpu else "cpu"
+        self.config, self.device = AutoConfig.from_pretrained(model), device
         try:
             with torch.device("meta"):  # shapes without numbers
                 network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         except (ImportError, ValueError) as error:
             raise LessonError(f"transformers cannot build the model in {model}: {telling_line(error)}") from error
-        self.nbytes = sum(parameter.nbytes for parameter in network.parameters()) + 4 * kv_bytes
-        self.check_memory(free_memory())  # a model for the GPU is made in main memory, too
-
-    def check_memory(self, free: int) -> None:
-        if self.nbytes > free:
-            sizes = f"this model in float32 needs {self.nbytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        nbytes = sum(parameter.nbytes for parameter in network.parameters()) + 4 * kv_bytes
+        if nbytes > memory:
+            sizes = f"this model in float32 needs {nbytes / 2**30:.1f} GiB, {memory / 2**30:.1f} GiB are free"
             raise LessonError(f"{sizes}: choose a smaller --model, or a smaller --prefix-tokens")
 
     def load(self, length: int) -> None:
@@ -248,12 +245,9 @@ class ExplicitEngine:
         import torch
         from transformers import AutoModelForCausalLM
 
-        if self.device == "cuda":
-            self.check_memory(torch.cuda.mem_get_info()[0])
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # leave one core free, as vLLM does
         torch.manual_seed(0)  # normally initialised: with vLLM's tiny dummy weights all prompts give the same logits
-        network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
-        self.network = network.eval().to(self.device)
+        with torch.device(self.device):
+            self.network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
         kv, _ = self.prefill([5] * length)
         self.store_bytes = 2 * kv_nbytes(kv)  # a store that holds two prompts
 
@@ -393,7 +387,7 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
 
 async def lesson(run: Run) -> None:
     prompt = read_prompt(run.args)
-    run.load_model()
+    run.load_model(copies=2)  # in float32 it takes twice the memory
     prompt = prompt or default_prompt(run.args.prefix_tokens, run.count)
     numbers = range(run.args.requests)
     prompts = {arm: [run.encode(layout(prompt, n)) for n in numbers] for arm, layout in LAYOUTS.items()}
@@ -405,12 +399,13 @@ async def lesson(run: Run) -> None:
     primed = boundary_places(run, prompt) if run.args.deeper else {}
     longest = max(map(len, itertools.chain(*prompts.values(), primed.values())))
     kv_bytes = longest * run.kv_bytes_per_token // run.dtype_bytes * 4  # in float32
-    explicit = ExplicitEngine(run.engine_args.keywords["model"], run.on_gpu, kv_bytes)
-    engine = await run.open_engine(longest)
+    device, memory = ("cuda", run.gpu_memory) if run.on_gpu else ("cpu", free_memory())
+    explicit = ExplicitEngine(run.engine_args.keywords["model"], device, memory, kv_bytes)
+    engine = await run.open_engine(longest, run.suffix(prompts["good"]))
     with run.timed("measuring"):
         await pair(run, engine, prompts)
         await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
-    engine.vllm_engine.shutdown()  # its cores and memory are needed now
+    engine.end()  # its cores and memory are needed now
     with run.timed("measuring"):
         explicit.load(max(map(len, prompts["good"])))
         explicit_store(run, explicit, prompts["good"], boundary)
@@ -452,17 +447,20 @@ def main() -> int:
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import errno
+import fcntl
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -483,6 +481,8 @@ from typing import TextIO
 
 HERE = Path(__file__).resolve().parent
 OUTPUT_TOKENS = 64  # the most that a lesson lets a request generate
+SEQUENCES = 16  # the most that an engine computes at once
+GRAPH_TOKENS = 2048  # a longer step computes for longer than its kernels take to be launched
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -514,7 +514,10 @@ class Measurement:
     predicted_cached_tokens: int | None
     ttft_ms: float | None  # the client's clock, from the call to the first streamed output
     error: str | None
-    engine_ttft_ms: float | None = None  # the engine's clock, from queueing to the first token
+    engine_ttft_ms: float | None = None  # the engine's part of it, from queueing to the first token: the two below
+    waiting_ms: float | None = None  # queued until scheduled
+    step_ms: float | None = None  # scheduled until the first token: finding the blocks, and the forward pass
+    client_ms: float | None = None  # the rest: tokens on their way in, hashed by block, and out
     tpot_ms: float | None = None  # decode only: first token to last, per token
 
     @property
@@ -551,15 +554,22 @@ class CacheModel:
 
 
 class CacheCounters:
-    """vLLM's own `prefix_cache_queries` and `prefix_cache_hits`, in tokens, received as one of its stat loggers."""
+    """vLLM's own `prefix_cache_queries` and `prefix_cache_hits`, in tokens, received as one of its stat loggers.
+
+    `execution` says how the latest step was run: kernels launched one by one, or replayed as a CUDA graph.
+    """
 
     def __init__(self) -> None:
         self.queries = self.hits = 0
+        self.execution = "eager"
 
     def record(self, scheduler_stats=None, *_: object, **__: object) -> None:
         if scheduler_stats is not None:
             self.queries += scheduler_stats.prefix_cache_stats.queries
             self.hits += scheduler_stats.prefix_cache_stats.hits
+            if scheduler_stats.cudagraph_stats is not None:
+                replayed = scheduler_stats.cudagraph_stats.runtime_mode != "NONE"
+                self.execution = "CUDA graphs" if replayed else "eager"
 
     def log(self, *_: object) -> None:
         """vLLM calls this, under its three names, when a logger should print; there is nothing to print."""
@@ -597,12 +607,14 @@ class Engine:
         from these, from a fixed seed, instead of the likeliest ones.
         """  # fmt: skip
         from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         predicted, first, output = self.cache_model.cached_tokens(ids, salt), None, None
-        prompt = {"prompt_token_ids": ids} | ({"cache_salt": salt} if salt else {})
+        prompt = tokens_input(ids, cache_salt=salt)
         drawn = dict(temperature=1.0, seed=1, allowed_token_ids=sample_from) if sample_from else dict(temperature=0.0)
-        params = SamplingParams(**drawn, max_tokens=max_tokens, ignore_eos=True)
+        # Nobody reads the text: to make it would be counted as time to first token.
+        params = SamplingParams(**drawn, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
         try:
             async for output in self.vllm_engine.generate(prompt, params, str(uuid.uuid4())):  # noqa: B007, read below
@@ -614,11 +626,15 @@ class Engine:
         self.output_ids = list(output.outputs[0].token_ids)
         self.cache_model.store(ids + self.output_ids[:-1], salt)  # nothing followed the last token, so it has no KV yet
         stats, decoded = output.metrics, len(self.output_ids) - 1
+        ttft, engine_ttft = first - start, stats.first_token_ts - stats.queued_ts
         measurement = Measurement(
             experiment, arm, request, self.worker, session, len(ids), output.num_cached_tokens, predicted,
-            ttft_ms=(first - start) * 1000,
+            ttft_ms=ttft * 1000,
             error=None,
-            engine_ttft_ms=(stats.first_token_ts - stats.queued_ts) * 1000,
+            engine_ttft_ms=engine_ttft * 1000,
+            waiting_ms=(stats.scheduled_ts - stats.queued_ts) * 1000,
+            step_ms=(stats.first_token_ts - stats.scheduled_ts) * 1000,
+            client_ms=(ttft - engine_ttft) * 1000,
             tpot_ms=(stats.last_token_ts - stats.first_token_ts) * 1000 / decoded if decoded else None,
         )  # fmt: skip
         self.measurements.append(measurement)
@@ -630,11 +646,20 @@ class Engine:
             raise EngineError("vLLM did not reset its prefix cache: a block is still in use")
         self.cache_model = CacheModel(self.block_size)
 
-    async def warm_up(self, length: int) -> None:
-        """Send unrelated tokens of the same length, twice new and once known, then forget them."""
-        for request, token in enumerate((5, 6, 6)):
-            await self.ask([token] * length, "warm_up", "decoy", request)
+    async def warm_up(self, length: int, suffix: int) -> None:
+        """Send unrelated tokens: `length` new ones, then hits of which `suffix` are new, and forget them.
+
+        There are hits until two in a row take equally long, within a tenth, and eight at most.
+        """
+        times = [(await self.ask([6] * length, "warm_up", "decoy", 0)).ttft_ms]
+        while len(times) < 3 or (len(times) < 9 and abs(times[-1] - times[-2]) > times[-2] / 10):
+            ids = [6] * (length - suffix) + [6 + len(times)] * suffix
+            times.append((await self.ask(ids, "warm_up", "decoy", len(times))).ttft_ms)
         await self.reset()
+
+    def end(self) -> None:
+        """End vLLM's processes at once: none of them has anything left to save."""
+        self.vllm_engine.shutdown(timeout=0)
 
 
 class Run:
@@ -674,32 +699,44 @@ class Run:
             yield
         self.seconds[what] += time.perf_counter() - start
 
-    def load_model(self) -> None:
-        """Find the model, its tokenizer and its limits; no engine is started yet."""
+    def load_model(self, copies: int = 1) -> None:
+        """Find the model, its tokenizer and its limits; no engine is started yet.
+
+        A GPU must hold the built-in model `copies` times; how large it may be follows from that.
+        """
         args, built_in = self.args, HERE / "built_in_model"
         if args.model is None and not built_in.is_dir():
             raise LessonError("the built-in model is not beside this script: give --model a folder or a hub name")
         name = args.model and find_model(args.model)
         with self.timed("imports", "Importing vLLM..."):
+            gc.disable()  # imports leave no garbage; to look for it takes a quarter of their time
             import torch
             import transformers
             import vllm
+            from vllm import AsyncEngineArgs, AsyncLLMEngine  # noqa: F401, the engine is imported here, too
             from vllm.platforms import current_platform
+
+            gc.freeze(), gc.enable()
         self.on_gpu = on_gpu = not current_platform.is_cpu()
+        self.gpu_memory: int = current_platform.get_device_total_memory() if on_gpu else 0  # of one, in bytes
         device = current_platform.get_device_name() if on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
-        name = name or find_model(str(built_in / ("1.5b" if on_gpu else "cpu")))
+        shape = built_in_shape(self.gpu_memory // copies) if on_gpu else "cpu"
+        name = name or find_model(str(built_in / shape))
         if args.prefix_tokens is None:
             args.prefix_tokens = 8000 if on_gpu else 4000
         path = Path(name)
         real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
-        # Eager: the lessons measure prefill, and capturing graphs only lengthens the start. The utilization is but a
-        # check at the start once the size of the cache is given; 0.1 keeps it out of the way on a shared GPU. No hybrid
-        # manager: beside layers of full attention it would drop what sliding windows have left, a cache of other rules.
+        # Blocks of 128 on a GPU too: one of 16 is looked up, hashed and passed on at the same price, eight times as
+        # often. "uni": the model runs in the engine's own process. The utilization is but a check at the start once the
+        # size of the cache is given; 0.1 keeps it out of the way on a shared GPU. No hybrid manager: beside layers of
+        # full attention it would drop what sliding windows have left, a cache of other rules.
         self.engine_args = functools.partial(
-            vllm.AsyncEngineArgs, model=name, load_format="auto" if real else "dummy", block_size=args.block_size,
-            enable_prefix_caching=not args.no_prefix_caching, enforce_eager=True, gpu_memory_utilization=0.1,
-            max_num_seqs=16, disable_hybrid_kv_cache_manager=True,
+            AsyncEngineArgs, model=name, load_format="auto" if real else "dummy",
+            enable_prefix_caching=not args.no_prefix_caching, block_size=args.block_size or 128, max_num_seqs=SEQUENCES,
+            enforce_eager=True, distributed_executor_backend="uni", gpu_memory_utilization=0.1,
+            disable_hybrid_kv_cache_manager=True, cudagraph_metrics=True,
         )  # fmt: skip
+        self.takes_graphs: bool = current_platform.is_cuda_alike()
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
             config = self.engine_args().create_engine_config()
@@ -723,7 +760,8 @@ class Run:
             "python": platform.python_version(), "device": device,
             "model": args.model if args.model and not Path(args.model).is_dir() else f"{path.parent.name}/{path.name}",
             "weights": "real" if real else "random", "dtype": str(shape.dtype).removeprefix("torch."),
-            "block_size": self.block_size, "prefix_tokens": args.prefix_tokens, "requests": args.requests,
+            "block_size": self.block_size, "prefix_caching_hash_algo": config.cache_config.prefix_caching_hash_algo,
+            "prefix_tokens": args.prefix_tokens, "requests": args.requests,
             "started_at": f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
             "command": " ".join(["python", *(re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:])]),
             "config_sha256": hashlib.sha256((path / "config.json").read_bytes()).hexdigest() if path.is_dir() else None,
@@ -773,11 +811,20 @@ class Run:
                     "choose a --model whose template leaves old messages as they were"
                 )
 
-    def start_engine(self, longest: int, worker: int | None = None, prompts: int = 8, **more: object) -> Engine:
+    def suffix(self, prompts: list[list[int]]) -> int:
+        """Return the most tokens that are computed of a prompt that comes after the one before it."""
+        pairs = itertools.pairwise(prompts)
+        return max(len(after) - self.whole_blocks(common_prefix(before, after)) for before, after in pairs)
+
+    def start_engine(
+        self, longest: int, suffix: int, worker: int | None = None, prompts: int = 8, batch: int = 1, **more: object
+    ) -> Engine:
         """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
 
-        `more` are further arguments of vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt,
-        EngineError where vLLM does not start.
+        On a GPU a step of up to `batch` hits, each of `suffix` tokens, is one replay of a CUDA graph: launched one by
+        one, its kernels would take longer than they run. Nothing is compiled. A GPU whose attention cannot be captured
+        for prefill goes on eagerly, as vLLM decides; `execution` says so. `more` are further arguments of vLLM's
+        AsyncEngineArgs. Raises UsageError where the model takes no such prompt, EngineError where vLLM does not start.
         """
         from vllm import AsyncLLMEngine
 
@@ -787,8 +834,13 @@ class Run:
         counters = CacheCounters()
         try:
             sizes = dict(max_model_len=length, max_num_batched_tokens=length, kv_cache_memory_bytes=kv_bytes)
-            args = self.engine_args(**sizes | more)
-            vllm_engine = AsyncLLMEngine.from_engine_args(args, stat_loggers=[lambda *_: counters])
+            if self.takes_graphs:
+                capture = [size for size in graph_sizes(batch * suffix) if size <= length]
+                graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture}
+                sizes |= dict(enforce_eager=False, compilation_config=graphs)
+            config = self.engine_args(**sizes | more).create_engine_config()
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported here need not be once more
+            vllm_engine = AsyncLLMEngine.from_vllm_config(config, stat_loggers=[lambda *_: counters])
         except (OSError, RuntimeError, ValueError) as error:
             raise EngineError("vLLM did not start") from error
         engine = Engine(vllm_engine, counters, worker)
@@ -797,20 +849,24 @@ class Run:
             raise UsageError(f"this device wants other blocks: add --block-size {engine.block_size}")
         return engine
 
-    async def open_engine(self, longest: int, **more: object) -> Engine:
+    async def open_engine(self, longest: int, suffix: int, **more: object) -> Engine:
         """Start one engine, warm it up, and print what the numbers will depend on."""
         with self.timed("engine_start", "Starting vLLM..."):
-            engine = self.start_engine(longest, **more)
+            engine = self.start_engine(longest, suffix, **more)
         with self.timed("warm_up", "Warming up..."):
-            await engine.warm_up(longest)
+            await engine.warm_up(longest, suffix)
         self.print_banner()
         return engine
 
     def print_banner(self) -> None:
-        self.environment["kv_cache_tokens"] = self.engines[0].kv_cache_tokens
+        engine = self.engines[0]
+        self.environment |= {"kv_cache_tokens": engine.kv_cache_tokens, "execution": engine.counters.execution}
+        engine_line = (
+            "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens"
+        )
         self.console.print(  # names of models and devices may be long: this may wrap
-            "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n"
-            "blocks of {block_size} tokens, KV cache of {kv_cache_tokens:,} tokens".format_map(self.environment)
+            "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n".format_map(self.environment)
+            + (engine_line + ", {execution}").format_map(self.environment)
         )
         seconds = "imports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
         self.print(seconds.format_map(self.seconds))
@@ -920,6 +976,20 @@ def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = 
     return f"TTFT fell from {change}: {factor:.1f}x" + (
         f" of at most {bound:.0f}x (tokens computed)." if alone else "."
     )
+
+
+def built_in_shape(memory: int) -> str:
+    """Return the largest built-in shape for so many bytes: weights, KV cache and work space, with room to spare."""
+    gib = memory / 2**30
+    return "7b" if gib >= 39 else "1.5b" if gib >= 7.5 else "0.5b"  # cards of 40 and 8 GiB have a little less to show
+
+
+def graph_sizes(longest: int) -> list[int]:
+    """Return the batch sizes, in tokens, that are captured: a step is padded to the next one, by half at most."""
+    sizes = [1, 2, 4, 8, 16]
+    while sizes[-1] < min(longest, GRAPH_TOKENS):
+        sizes += [sizes[-1] * 3 // 2, sizes[-1] * 2]
+    return sizes
 
 
 def find_model(name: str) -> str:
@@ -1041,75 +1111,77 @@ def use_python_with_vllm() -> None:
     os.execv(venv / "bin" / "python", [str(venv / "bin" / "python"), *sys.orig_argv[1:]])
 
 
-def clean_up_after(lesson: int, folder: str) -> None:
-    """Wait until process `lesson` ends, however it ends; then end its engines and remove its folder.
+def end_with_parent(parent: int) -> None:
+    """Let the kernel end this process when the one that made it ends, however it ends (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != parent:  # it was too late
+        os._exit(1)
 
-    Runs as a process of its own: SIGKILL leaves a lesson no time for anything, and vLLM's processes would live on.
+
+def prepare_process(engines: int = 1) -> Path:
+    """Make this process fit to start `engines` engines; return its folder, which a lock keeps from being removed.
+
+    Folders of runs that were killed are removed. A process of this one's making ends with it.
     """
-    import os, shutil, signal, time  # noqa: E401
-
-    while os.getppid() == lesson:
-        time.sleep(0.2)
-    mark, left = f"KV_LESSON={folder}".encode(), True
-    while left:
-        left = False
-        for pid in filter(str.isdigit, os.listdir("/proc")):
+    for left in Path(tempfile.gettempdir()).glob("kv-lesson-*/"):
+        with contextlib.suppress(OSError):  # another user's, in use, or gone by now
+            descriptor = os.open(left, os.O_RDONLY)
             try:
-                with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/cmdline", "rb") as command:
-                    # multiprocessing's resource tracker frees shared memory once the others are gone, and then ends
-                    if mark in environ.read().split(b"\0") and b"resource_tracker" not in command.read():
-                        os.kill(int(pid), signal.SIGKILL)
-                        left = True
-            except (FileNotFoundError, PermissionError, ProcessLookupError):
-                continue
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def prepare_process() -> Path:
-    """Return this run's folder. From here on the engine's processes and files vanish whenever this process ends."""
-    folder = Path(tempfile.gettempdir()) / f"kv-{uuid.uuid4().hex[:12]}"
-    watchdog = f"{inspect.getsource(clean_up_after)}\nclean_up_after({os.getpid()}, {str(folder)!r})"
-    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    subprocess.Popen([sys.executable, "-S", "-c", watchdog], start_new_session=True, **quiet)
-    folder.mkdir()
-    # SPT_NOENV: vLLM renames its processes, and must not write the new name over the mark in their environment.
-    os.environ.update(KV_LESSON=str(folder), SPT_NOENV="1", TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1")
-    os.environ.update(VLLM_WORKER_MULTIPROCESSING_METHOD="spawn", TOKENIZERS_PARALLELISM="false")
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
+    folder = Path(tempfile.mkdtemp(prefix="new-kv-lesson-"))  # not to be taken for an old one before it is locked
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+    folder = folder.rename(folder.with_name(folder.name.removeprefix("new-")))
+    forked_by: list[int] = []  # an engine may fork in its turn
+    os.register_at_fork(
+        before=lambda: forked_by.append(os.getpid()), after_in_child=lambda: end_with_parent(forked_by[-1])
+    )
+    # Several engines share the cores; one alone leaves one to the client, as vLLM does where it binds threads itself.
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores - 1 if engines == 1 else cores // engines)
+    # Without vLLM's multiprocessing of its own the CPU platform, too, lets the model run in the engine's process.
+    os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    os.environ.update(TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
     tempfile.tempdir = str(folder)
     return folder
 
 
-def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]]) -> int:
-    """Run a lesson with its engines' output in a log file, and return the exit status."""
-    script = Path(sys.argv[0]).name
+def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]], engines: int = 1) -> int:
+    """Run a lesson of `engines` engines with their output in a log file, and return the exit status."""
+    script, pid, folder = Path(sys.argv[0]).name, os.getpid(), None
     out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
     err = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace")
 
     def stop(signum: int, _: object) -> None:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")
-        os._exit(128 + signum)  # clean_up_after() sees to the rest
+        if os.getpid() == pid:  # an engine that is just being made has this handler, too
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+        os._exit(128 + signum)  # the kernel ends the engines
 
-    async def measure() -> None:
+    async def measure() -> int:
         try:
             await lesson(run)
+            return run.finish()
         finally:
             for engine in run.engines:
-                engine.vllm_engine.shutdown()
+                engine.end()
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop)
     try:
         use_python_with_vllm()
-        folder = prepare_process()
+        folder = prepare_process(engines)
         log = folder / "engine.log"
         if not args.verbose:
             with log.open("wb") as file:
                 os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
             sys.excepthook = functools.partial(traceback.print_exception, file=err)  # a bug is shown all the same
         run = Run(args, out)
-        asyncio.run(measure())
-        return run.finish()
+        status = asyncio.run(measure())
     except EngineError as error:
         kept = log.exists() and shutil.copy(log, folder.with_suffix(".log"))
         cause = root_cause(error, log.read_text(errors="replace") if kept else "")
@@ -1119,6 +1191,15 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
     except LessonError as error:
         print(f"{script}: error: {error}", file=err, flush=True)
         return error.status
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+    out.flush()
+    os._exit(status)  # all is written; to take an interpreter with vLLM in it apart takes two seconds
+
+
+if (maker := multiprocessing.parent_process()) is not None:  # an engine's process that was not forked but spawned
+    end_with_parent(maker.pid)
 
 
 # --- end of the measuring block ---

@@ -223,7 +223,7 @@ async def proof(run: Run) -> None:
     """Miss, hit exactly what is predicted, and miss again after a reset, on a real engine."""
     run.load_model()
     ids = run.encode([{"role": "user", "content": "Where is my order? " * (run.args.prefix_tokens // 5)}])
-    engine = await run.open_engine(len(ids))
+    engine = await run.open_engine(len(ids), suffix=run.block_size)
     for arm in ("miss", "hit", "miss"):
         if arm == "miss":
             await engine.reset()

@@ -283,7 +283,8 @@ async def lesson(run: Run) -> None:
     prompts = plan(run)
     pinning = {"additional_config": {"pinning": {"share": SHARE}}, "scheduler_cls": SCHEDULER}
     longest = max(map(len, prompts.system + prompts.tenant))
-    engine = await run.open_engine(longest, num_gpu_blocks_override=prompts.capacity + 1, **pinning)
+    suffix = longest - prompts.prefix * run.block_size
+    engine = await run.open_engine(longest, suffix, num_gpu_blocks_override=prompts.capacity + 1, **pinning)
     bench = Bench(run, engine, prompts)
     with run.timed("measuring"):
         await rounds(run, bench)

@@ -491,7 +491,9 @@ async def with_engine(run: Run) -> None:
         raise LessonError("this log is too large to be sent: use --without-engine, or --limit N")
     prompts = math.ceil(len(comparer.owners) * run.block_size / longest) + 2
     check_memory(run, longest * prompts * run.kv_bytes_per_token)
-    engine = await run.open_engine(longest, prompts=prompts)
+    hits = [row for row in rows if row.predicted_cached_tokens]
+    suffix = max((row.prompt_tokens - row.predicted_cached_tokens for row in hits), default=run.block_size)
+    engine = await run.open_engine(longest, suffix, prompts=prompts)
     run.print("[bold] line  prompt predicted  cached     TTFT  best predecessor")
     with run.timed("measuring"):
         for row, request in zip(rows, read_log(path, args.limit), strict=True):

@@ -37,6 +37,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -51,9 +52,11 @@ import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import urllib.request
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
@@ -80,7 +83,6 @@ from session_consistency import (
     json_path,
     milliseconds,
     p90,
-    prepare_process,
     report,
     root_cause,
     schedule,
@@ -529,20 +531,65 @@ def server_command(model: str, served: str, on_gpu: bool) -> list[str]:
     ]  # fmt: skip
 
 
+def clean_up_after(tool: int, folder: str) -> None:
+    """Wait until process `tool` ends, however it ends; then end what it started and remove its folder.
+
+    Runs as a process of its own: SIGKILL leaves a tool no time for anything, and its servers would live on.
+    """
+    import os, shutil, signal, time  # noqa: E401, I001
+
+    while os.getppid() == tool:
+        time.sleep(0.2)
+    mark, left = f"KV_LESSON={folder}".encode(), True
+    while left:
+        left = False
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/environ", "rb") as environ, open(f"/proc/{pid}/cmdline", "rb") as command:
+                    # multiprocessing's resource tracker frees shared memory once the others are gone, and then ends
+                    if mark in environ.read().split(b"\0") and b"resource_tracker" not in command.read():
+                        os.kill(int(pid), signal.SIGKILL)
+                        left = True
+            except (FileNotFoundError, PermissionError, ProcessLookupError):
+                continue
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder() -> Path:
+    """Return a folder for sockets and logs. From here on it, and all that is started, vanish when this process ends."""
+    folder = Path(tempfile.gettempdir()) / f"kv-{uuid.uuid4().hex[:12]}"
+    watchdog = f"{inspect.getsource(clean_up_after)}\nclean_up_after({os.getpid()}, {str(folder)!r})"
+    quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    subprocess.Popen([sys.executable, "-I", "-S", "-c", watchdog], start_new_session=True, **quiet)
+    folder.mkdir()
+    # SPT_NOENV: vLLM renames its processes, and must not write the new name over the mark in their environment.
+    os.environ.update(KV_LESSON=str(folder), SPT_NOENV="1", TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1")
+    return folder
+
+
+def server_place(place: tuple[list[str], list[list[int]]], n: int) -> dict[str, str]:
+    """Return the environment that gives server `n` a GPU of its own where there are enough, else cores of its own."""
+    gpus, cores = place
+    if gpus:
+        return {"CUDA_VISIBLE_DEVICES": gpus[n]}
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores[n]))}  # read by the CPU build only
+
+
 def start_all(args: argparse.Namespace, children: list[Child]) -> list[str]:
     """Start servers and one router per policy, add them to `children`, and return the servers' command."""
     versions = [found.version for found in importlib.metadata.distributions(name="vllm")]
     on_gpu = bool(versions) and "cpu" not in versions[0]  # none: the CPU build is distributed as vllm-cpu
-    places = worker_places(SimpleNamespace(on_gpu=on_gpu), args.workers)  # of a lesson's run it asks this alone
+    place = worker_places(SimpleNamespace(on_gpu=on_gpu), args.workers)  # of a lesson's run it asks this alone
     model = find_model(args.model or str(HERE / "built_in_model" / ("1.5b" if on_gpu else "cpu")))
     is_folder = args.model is None or Path(args.model).is_dir()
     args.served_model = "/".join(Path(model).parts[-2:]) if is_folder else args.model
     for name in ("no_proxy", "NO_PROXY"):  # the router, no Python program, asks the servers too
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
-    folder = prepare_process()
+    folder = make_folder()
     command = server_command(model, args.served_model, on_gpu)
-    for n, (port, place) in enumerate(zip(free_ports(args.workers), places, strict=True)):
-        children.append(start(f"server {n}", port, command, folder, VLLM_SERVER_DEV_MODE="1", **place))
+    for n, port in enumerate(free_ports(args.workers)):
+        own = server_place(place, n)
+        children.append(start(f"server {n}", port, command, folder, VLLM_SERVER_DEV_MODE="1", **own))
     servers = list(children)
     wait_until_healthy(servers)
     for policy in POLICIES.values():
@@ -888,7 +935,7 @@ def check_url(url: str) -> None:
 def stop(signum: int, _: object) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
         os.write(2, b"interrupted\n")
-    os._exit(128 + signum)  # the watchdog of prepare_process() ends what was started
+    os._exit(128 + signum)  # the watchdog of make_folder() ends what was started
 
 
 def main() -> int:

@@ -235,7 +235,7 @@ def test_a_pin_stays_when_its_prefix_is_put_again_and_leaves_when_it_is_unpinned
 @pytest.fixture(scope="module")
 def explicit(tmp_path_factory: pytest.TempPathFactory) -> ExplicitEngine:
     pytest.importorskip("torch")
-    engine = ExplicitEngine(str(write_llama(tmp_path_factory.mktemp("llama"))), on_gpu=False, kv_bytes=0)
+    engine = ExplicitEngine(str(write_llama(tmp_path_factory.mktemp("llama"))), device="cpu", memory=2**30, kv_bytes=0)
     engine.load(8)
     return engine
 

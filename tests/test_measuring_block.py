@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import http.server
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,12 +17,15 @@ from hypothesis import strategies as st
 
 import run_all_examples
 from stable_prefix_vs_timestamp import (
+    GRAPH_TOKENS,
     CacheModel,
     EngineError,
     LessonError,
     Measurement,
+    built_in_shape,
     common_prefix,
     find_model,
+    graph_sizes,
     root_cause,
     time_verdict,
     write_json,
@@ -186,3 +193,42 @@ def test_a_hub_that_is_down_does_not_hide_a_model_that_is_downloaded(hub, status
     (tmp_path / "models--some--model" / "refs").mkdir()
     (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
     assert find_model("some/model") == str(snapshot)
+
+
+@pytest.mark.parametrize("signal_number", [9, 15])
+def test_the_folder_of_a_run_that_was_killed_goes_with_the_next_run_one_in_use_stays(
+    signal_number: int, tmp_path: Path
+) -> None:
+    script = "from stable_prefix_vs_timestamp import prepare_process; print(prepare_process(), flush=True); input()"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    folders = []
+    with contextlib.ExitStack() as runs:
+        for _ in range(3):
+            command = [sys.executable, "-c", script]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            run = runs.enter_context(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+            folders.append((run, Path(run.stdout.readline().strip())))
+            if len(folders) == 1:
+                run.send_signal(signal_number)
+                run.wait()
+                assert folders[0][1].is_dir(), "nobody had the time to remove it"
+        assert [folder.is_dir() for _, folder in folders] == [False, True, True]
+        for run, _ in folders[1:]:
+            run.communicate("\n")
+
+
+@pytest.mark.parametrize(
+    ("gib", "shape"), [(141, "7b"), (79.6, "7b"), (39.6, "7b"), (24, "1.5b"), (7.6, "1.5b"), (6, "0.5b")]
+)
+def test_the_built_in_shape_follows_the_memory_of_the_gpu(gib: float, shape: str) -> None:
+    assert built_in_shape(int(gib * 2**30)) == shape
+
+
+@given(st.integers(1, 3000))
+def test_a_step_is_padded_to_a_captured_size_by_less_than_half(tokens: int) -> None:
+    sizes = graph_sizes(tokens)
+    assert sizes == sorted(set(sizes))
+    if tokens <= sizes[-1]:
+        assert min(size for size in sizes if size >= tokens) <= max(16, 1.5 * tokens)
+    else:
+        assert tokens > GRAPH_TOKENS

@@ -16,10 +16,11 @@ ROOT = Path(__file__).parent.parent.parent
 MEASUREMENT_KEYS = {
     "experiment": str, "arm": str, "request": int, "worker": int | None, "session": str | None,
     "prompt_tokens": int, "cached_tokens": int, "predicted_cached_tokens": int, "ttft_ms": float, "error": None,
-    "engine_ttft_ms": float | None, "tpot_ms": float | None,
+    "engine_ttft_ms": float | None, "waiting_ms": float | None, "step_ms": float | None, "client_ms": float | None,
+    "tpot_ms": float | None,
 }  # fmt: skip
 ENVIRONMENT_KEYS = {
-    *("vllm", "torch", "transformers", "python", "device", "model", "weights", "dtype", "block_size"),
+    *("vllm", "torch", "transformers", "python", "device", "model", "weights", "dtype", "block_size", "execution"),
     *("kv_cache_tokens", "prefix_tokens", "requests", "started_at", "command"),
 }
 
@@ -84,4 +85,5 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return the folder in which the scripts of a test keep their temporary files; short, for the sake of sockets."""
     with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:
         monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setenv("SPT_NOENV", "1")  # vLLM renames its processes; not over what they are found by
         yield Path(folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from models import write_llama
-from processes import left_behind, lesson_processes
+from processes import left_behind, lesson_processes, shared_memory
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "stable_prefix_vs_timestamp.py"
@@ -25,7 +25,7 @@ def start(*options: str) -> subprocess.Popen[str]:
 
 
 def wait_until_starting(process: subprocess.Popen[str], temporary: Path) -> None:
-    while not lesson_processes(temporary):
+    while len(lesson_processes(temporary)) < 2:  # the lesson and its engine
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
 
@@ -40,15 +40,37 @@ def wait_until_measuring(process: subprocess.Popen[str], temporary: Path) -> Non
 @pytest.mark.parametrize("wait", [wait_until_starting, wait_until_measuring])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_signal_ends_everything_within_ten_seconds(sent: signal.Signals, wait, temporary: Path) -> None:
+    before = shared_memory()
     process = start()
     wait(process, temporary)
     if wait is wait_until_starting:
-        time.sleep(2)  # into the start of the engine's own processes
+        time.sleep(1)  # into the start of the engine
     process.send_signal(sent)
     out, err = process.communicate(timeout=10)
     assert process.returncode == (-sent if sent == signal.SIGKILL else 128 + sent)
     assert "Traceback" not in out + err
-    assert left_behind(temporary) == []
+    assert left_behind(temporary, killed=sent == signal.SIGKILL) == []
+    assert shared_memory() <= before
+
+
+def test_a_run_leaves_no_file_no_socket_and_no_shared_memory(temporary: Path) -> None:
+    before, beside = shared_memory(), set(os.listdir("/tmp"))
+    options = ["--prefix-tokens", "300", "--requests", "2"]
+    assert subprocess.run([sys.executable, SCRIPT, *options], capture_output=True).returncode == 0
+    assert lesson_processes(temporary) == [], "the engine ended before the lesson did"
+    assert list(temporary.iterdir()) == []
+    assert set(os.listdir("/tmp")) <= beside
+    assert shared_memory() <= before
+
+
+def test_the_end_takes_no_longer_than_a_second() -> None:
+    command = [sys.executable, SCRIPT, "--prefix-tokens", "300", "--requests", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "claims about token counts hold" in line:
+                told = time.monotonic()
+    assert process.returncode == 0
+    assert time.monotonic() - told < 1
 
 
 def test_an_engine_that_cannot_start_is_one_line_with_the_root_cause_and_the_log(
@@ -96,7 +118,7 @@ def test_a_kv_cache_larger_than_the_memory_is_one_line(tmp_path: Path, temporary
 def test_an_engine_that_dies_while_measuring_is_one_line(temporary: Path) -> None:
     process = start()
     wait_until_measuring(process, temporary)
-    os.kill(max(lesson_processes(temporary)), signal.SIGKILL)  # the youngest: the worker
+    os.kill(max(lesson_processes(temporary)), signal.SIGKILL)  # the youngest: the engine
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "Traceback" not in out + err

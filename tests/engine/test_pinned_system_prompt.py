@@ -562,7 +562,7 @@ def server(folder: Path, pinning: dict) -> Iterator:
         *("--kv-cache-memory-bytes", str(64 << 20), "--enable-prompt-tokens-details"),
         *("--scheduler-cls", SCHEDULER, "--additional-config", json.dumps({"pinning": pinning})),
     ]
-    marked = os.environ | {"KV_LESSON": f"{folder}/server", "SPT_NOENV": "1", "VLLM_NO_USAGE_STATS": "1"}
+    marked = os.environ | {"TMPDIR": str(folder), "SPT_NOENV": "1", "VLLM_NO_USAGE_STATS": "1"}
     with (folder / "log").open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=marked, start_new_session=True)
     try:

@@ -139,7 +139,7 @@ def test_a_run_leaves_no_process_and_no_port(done: Done) -> None:
 def wait_for(process: subprocess.Popen[str], measuring: bool, temporary: Path) -> None:
     """Wait until both servers are starting, or until the first arm has been measured."""
     if not measuring:
-        while len(lesson_processes(temporary)) < 2:
+        while len(lesson_processes(temporary)) < 4:  # the tool, its watchdog and two servers
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         time.sleep(3)  # into the start of the servers' own processes

@@ -1148,6 +1148,14 @@ def prepare_process(engines: int = 1) -> Path:
     return folder
 
 
+def leave(folder: Path | None) -> None:
+    """End the engines that are left, which write into `folder`, and remove it."""
+    for engine in multiprocessing.active_children():
+        engine.kill(), engine.join()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]], engines: int = 1) -> int:
     """Run a lesson of `engines` engines with their output in a log file, and return the exit status."""
     script, pid, folder = Path(sys.argv[0]).name, os.getpid(), None
@@ -1158,9 +1166,8 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
         if os.getpid() == pid:  # an engine that is just being made has this handler, too
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")
-            if folder:
-                shutil.rmtree(folder, ignore_errors=True)
-        os._exit(128 + signum)  # the kernel ends the engines
+            leave(folder)
+        os._exit(128 + signum)
 
     async def measure() -> int:
         try:
@@ -1192,8 +1199,7 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
         print(f"{script}: error: {error}", file=err, flush=True)
         return error.status
     finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        leave(folder)
     out.flush()
     os._exit(status)  # all is written; to take an interpreter with vLLM in it apart takes two seconds
 

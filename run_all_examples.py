@@ -112,7 +112,8 @@ def summarise(runs: list[LessonRun]) -> None:
             console.print(f"{label:<33}{kind:<6}{rate:>10}{ttft:>11}{arm.computed_tokens:>11,}{cost:>9}")
         computed = good.computed_tokens / bad.computed_tokens - 1
         cost = good.dollars / bad.dollars - 1
-        console.print(f"  computed tokens {computed:+.0%}, cost {cost:+.0%}, speed-up {speed_up(bad, good)}")
+        length = f"{result['environment']['prefix_tokens']:,} static tokens"
+        console.print(f"  {length}: computed {computed:+.0%}, cost {cost:+.0%}, speed-up {speed_up(bad, good)}")
         held = sum(claim["holds"] for claim in result["claims"])
         took = (
             f"engine start {result['seconds']['engine_start']:.0f} s, measuring {result['seconds']['measuring']:.0f} s"
@@ -124,13 +125,18 @@ def summarise(runs: list[LessonRun]) -> None:
 def show(path: str) -> int:
     """Print the summary of a recorded run."""
     try:
-        recorded = json.loads(Path(path).read_text(encoding="utf-8"))["lessons"]
-        numbers = {lesson.name: number for number, lesson in LESSONS.items()}
-        summarise([LessonRun(numbers[result["lesson"]], 0, 0.0, result) for result in recorded])
+        summarise(read_run(Path(path)))
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no UTF-8, no JSON, no samples
         print(f"run_all_examples.py: error: {path} is no run recorded with --json: {error!r}", file=sys.stderr)
         return 2
     return 0
+
+
+def read_run(path: Path) -> list[LessonRun]:
+    """Return the lessons of a recorded run."""
+    numbers = {lesson.name: number for number, lesson in LESSONS.items()}
+    recorded = json.loads(path.read_text(encoding="utf-8"))["lessons"]
+    return [LessonRun(numbers[result["lesson"]], 0, 0.0, result) for result in recorded]
 
 
 class Stopped(Exception):
@@ -166,7 +172,16 @@ def main() -> int:
     parser.add_argument("numbers", nargs="*", type=example, metavar="N", help="examples to run (default: all)")
     parser.add_argument("--list", action="store_true", help="list the examples and stop")
     parser.add_argument("--show", metavar="FILE", help="print the summary of a recorded run and stop")
+    parser.add_argument("--append", action="store_true", help="add to the run recorded in --json PATH, not write anew")
     args = parser.parse_args()
+    if args.append and not args.json:
+        parser.error("--append adds to a recorded run: name it with --json PATH")
+    recorded: list[LessonRun] = []
+    if args.append and args.json.exists():
+        try:
+            recorded = read_run(args.json)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{args.json} is no run recorded with --json: {error!r}")
     if args.list:
         for number, lesson in LESSONS.items():
             print(f"{number}  {lesson.name:<28}{lesson.title}")
@@ -182,7 +197,7 @@ def main() -> int:
     if args.show:
         return show(args.show)
 
-    own = ("numbers", "list", "show", "json")
+    own = ("numbers", "list", "show", "append", "json")
     given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own and value}
     options = [word for name, value in given.items() for word in ([name] if value is True else [name, str(value)])]
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -201,7 +216,7 @@ def main() -> int:
         summarise(runs)
     if args.json:
         try:
-            write_json(args.json, {"schema": 1, "lessons": [run.result for run in runs if run.result]})
+            write_json(args.json, {"schema": 1, "lessons": [run.result for run in recorded + runs if run.result]})
         except LessonError as error:
             print(f"run_all_examples.py: error: {error}", file=sys.stderr)
             status = status or 1

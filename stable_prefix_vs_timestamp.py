@@ -21,8 +21,8 @@ left out of medians. The engine is warmed up first, with other text, so that
 the slow first request of a process is not mistaken for a cache miss.
 
 --deeper adds: where in the prompt the change stands; user data inside or after
-the system message; the prompt's length, with decoding as the control; and the
-"speed-up" that one gets by forgetting to warm the engine.
+the system message; the prompt's length, with decoding as the control; what the
+time of a hit is made of; and the "speed-up" of forgetting to warm the engine.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import datetime
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 INSTRUCTIONS = """\
@@ -194,13 +195,15 @@ async def user_data(run: Run, engine: Engine, system: str) -> None:
     run.claim("user data after the system message leaves it cached", after > inside, f"{after:,} and {inside:,} tokens")
 
 
-async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> None:
-    """Miss and hit at growing length. Decoding is the control: a hit skips prefill only."""
+async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> list[int]:
+    """Miss and hit at growing length; return the lengths. Decoding is the control: a hit skips prefill only."""
+    lengths = []
     run.print("\n[bold]Prompt length[/]: a miss grows, a hit hardly; decoding (TPOT) is the control")
     run.print("  tokens      miss       hit  speed-up   bound  reached  TPOT: miss      hit")
     for length in (run.args.prefix_tokens * eighths // 8 for eighths in (1, 2, 4, 8, 16)):
         if not 2 * run.block_size <= length <= len(ids):
             continue
+        lengths.append(length)
         arms: dict[str, list[Measurement]] = {"miss": [], "hit": []}
         for n in range(SAMPLES):
             await engine.reset()
@@ -215,7 +218,45 @@ async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> None:
         )
         most = max(m.computed_tokens for m in arms["hit"])
         run.claim(f"a hit of {length} tokens computes at most one block", most <= run.block_size, f"{most} tokens")
-    run.print("medians; bound: prompt / computed tokens; missing: the fixed cost of a step")
+    run.print("medians; bound: prompt / computed tokens; missing: what a hit is made of, below")
+    return lengths
+
+
+def anatomy(run: Run, lengths: list[int]) -> None:
+    """Split the hits of the length sweep by vLLM's own time stamps: what stays of a hit when its tokens are found."""
+    run.print("\n[bold]Anatomy of a hit[/]: what is left when all but a few tokens are found")
+    run.print("  tokens  computed       hit =  client + waiting +    step  speed-up  of step   bound")
+    for length in lengths:
+        miss, hit = run.arm(f"length {length}", "miss"), run.arm(f"length {length}", "hit")
+        ttft, client = statistics.median(m.ttft_ms for m in hit), statistics.median(m.client_ms for m in hit)
+        waiting, step = statistics.median(m.waiting_ms for m in hit), statistics.median(m.step_ms for m in hit)
+        speed_up = statistics.median(m.ttft_ms for m in miss) / ttft
+        of_step = statistics.median(m.step_ms for m in miss) / step
+        computed = hit[0].computed_tokens
+        times = f"{milliseconds(ttft):>10}{milliseconds(client):>10}{milliseconds(waiting):>10}{milliseconds(step):>8}"
+        run.print(f"{length:>8,}{computed:>10}{times}{speed_up:>9.1f}x{of_step:>8.1f}x{length / computed:>7.0f}x")
+    run.print("client: ids sent, hashed by block, the first token sent back; step: blocks found")
+    run.print("and one forward pass; of step: the speed-up if there were nothing but the step")
+
+
+def hashing(run: Run, ids: list[int]) -> None:
+    """Time vLLM's own hashing of a prompt, a part of `client`, by block size and algorithm."""
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import hash_block_tokens
+
+    sizes = (16, 32, 64, 128)
+    run.print(f"\nhashing {len(ids):,} tokens, in blocks of" + "".join(f"{size:>12}" for size in sizes))
+    for algorithm in ("sha256", "sha256_cbor"):
+        cells, hash_function = "", get_hash_fn_by_name(algorithm)
+        for size in sizes:
+            times = []
+            for _ in range(SAMPLES):
+                start, parent = time.perf_counter(), b"none"
+                for at in range(0, len(ids) - size + 1, size):
+                    parent = hash_block_tokens(hash_function, parent, ids[at : at + size], None)
+                times.append((time.perf_counter() - start) * 1000)
+            cells += f"{milliseconds(statistics.median(times)):>12}"
+        run.print(f"{algorithm:<32}{cells}")
 
 
 async def naive_speed_up(run: Run) -> None:
@@ -244,7 +285,9 @@ async def lesson(run: Run) -> None:
         if run.args.deeper:
             await position_sweep(run, engine, system)
             await user_data(run, engine, system)
-            await length_sweep(run, engine, long_ids)
+            lengths = await length_sweep(run, engine, long_ids)
+            anatomy(run, lengths)
+            hashing(run, long_ids)
             await naive_speed_up(run)
 
 
@@ -958,6 +1001,14 @@ def prepare_process(engines: int = 1) -> Path:
     return folder
 
 
+def leave(folder: Path | None) -> None:
+    """End the engines that are left, which write into `folder`, and remove it."""
+    for engine in multiprocessing.active_children():
+        engine.kill(), engine.join()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]], engines: int = 1) -> int:
     """Run a lesson of `engines` engines with their output in a log file, and return the exit status."""
     script, pid, folder = Path(sys.argv[0]).name, os.getpid(), None
@@ -968,9 +1019,8 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
         if os.getpid() == pid:  # an engine that is just being made has this handler, too
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")
-            if folder:
-                shutil.rmtree(folder, ignore_errors=True)
-        os._exit(128 + signum)  # the kernel ends the engines
+            leave(folder)
+        os._exit(128 + signum)
 
     async def measure() -> int:
         try:
@@ -1002,8 +1052,7 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
         print(f"{script}: error: {error}", file=err, flush=True)
         return error.status
     finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        leave(folder)
     out.flush()
     os._exit(status)  # all is written; to take an interpreter with vLLM in it apart takes two seconds
 

@@ -5,7 +5,7 @@ no weights: vLLM fills them with random numbers (`load_format="dummy"`). What a
 prompt costs to prefill and which of its blocks are found in the cache depend on
 the shape and on the tokens, never on the values of the weights.
 
-    python built_in_model/build.py                           rebuild cpu/ and 1.5b/ here
+    python built_in_model/build.py                           rebuild cpu/, 0.5b/, 1.5b/ and 7b/ here
     python built_in_model/build.py --shape 7b --out DIR      write one shape elsewhere
 
 The same corpus and the same release of `tokenizers` give the same bytes.
@@ -18,11 +18,11 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-IN_REPOSITORY = ("cpu", "1.5b")  # the defaults without and with a GPU
 VOCABULARY = 2048  # entries at most; 0.5b and larger keep the published size of the embedding
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
-# 0.5b, 1.5b and 7b: the dimensions published in the config.json of Qwen2.5-*-Instruct.
+# 0.5b, 1.5b and 7b: the dimensions published in the config.json of Qwen2.5-*-Instruct; the largest that fits is the
+# default on a GPU.
 # cpu: on two cores a prompt of 4,000 tokens takes some hundred milliseconds when missed, below 40 when found.
 SHAPES = {
     "cpu": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=6,
@@ -118,7 +118,7 @@ def main() -> int:
     args = parser.parse_args()
     if bool(args.shape) != bool(args.out):
         parser.error("--shape and --out belong together: --shape 7b --out DIR")
-    targets = {args.out: args.shape} if args.shape else {HERE / shape: shape for shape in IN_REPOSITORY}
+    targets = {args.out: args.shape} if args.shape else {HERE / shape: shape for shape in SHAPES}
     for folder, shape in targets.items():
         write_model(folder, shape)
         print(f"wrote {shape} to {folder}")

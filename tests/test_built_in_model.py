@@ -37,7 +37,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(FOLDER / "cpu")
 
 
-@pytest.mark.parametrize("shape", ["cpu", "1.5b"])
+@pytest.mark.parametrize("shape", ["cpu", "0.5b", "1.5b", "7b"])
 def test_build_writes_the_folder_again_byte_for_byte(shape: str, tmp_path: Path) -> None:
     assert build("--shape", shape, "--out", str(tmp_path / shape)).returncode == 0
     rebuilt = {path.name: path.read_bytes() for path in (tmp_path / shape).iterdir()}

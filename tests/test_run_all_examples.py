@@ -52,6 +52,16 @@ def test_bad_options_are_refused_before_any_lesson_starts(words: list[str]) -> N
     assert (done.returncode, done.stdout) == (2, "")
 
 
+def test_a_run_is_added_to_a_recorded_one_only_where_there_is_one_to_be_read(tmp_path: Path) -> None:
+    assert "name it with --json PATH" in run("1", "--append").stderr
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    done = run("1", "--append", "--json", str(path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is no run recorded with --json" in done.stderr
+    assert path.read_text() == "{}"
+
+
 def test_a_speed_up_is_qualified_where_the_ranges_overlap() -> None:
     slow, fast, between = (Arm(100, 0, times) for times in ([100.0, 110.0], [10.0, 20.0], [15.0, 105.0]))
     assert speed_up(slow, fast) == "7.0x"

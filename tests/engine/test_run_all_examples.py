@@ -30,6 +30,12 @@ def test_numbers_run_in_their_order_once_and_the_json_holds_every_lesson(tmp_pat
         assert (result["environment"]["prefix_tokens"], result["environment"]["requests"]) == (600, 3)
     assert "summary" in done.stdout
 
+    again = subprocess.run([*command, "--append"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    kept, added = json.loads(path.read_text())["lessons"]
+    assert kept == content["lessons"][0], "what was recorded stays as it was"
+    assert added["environment"]["started_at"] > kept["environment"]["started_at"]
+
 
 def test_a_failed_lesson_makes_the_exit_status_1_and_is_summarised() -> None:
     command = [sys.executable, ROOT / "run_all_examples.py", "1", *SMALL, "--no-prefix-caching"]

@@ -442,27 +442,28 @@ class CacheModel:
 
 
 class CacheCounters:
-    """vLLM's own `prefix_cache_queries` and `prefix_cache_hits`, in tokens, received as one of its stat loggers.
-
-    `execution` says how the latest step was run: kernels launched one by one, or replayed as a CUDA graph.
-    """
+    """vLLM's own `prefix_cache_queries` and `prefix_cache_hits`, in tokens, received as one of its stat loggers."""
 
     def __init__(self) -> None:
         self.queries = self.hits = 0
-        self.execution = "eager"
 
     def record(self, scheduler_stats=None, *_: object, **__: object) -> None:
         if scheduler_stats is not None:
             self.queries += scheduler_stats.prefix_cache_stats.queries
             self.hits += scheduler_stats.prefix_cache_stats.hits
-            if scheduler_stats.cudagraph_stats is not None:
-                replayed = scheduler_stats.cudagraph_stats.runtime_mode != "NONE"
-                self.execution = "CUDA graphs" if replayed else "eager"
 
     def log(self, *_: object) -> None:
         """vLLM calls this, under its three names, when a logger should print; there is nothing to print."""
 
     log_engine_initialized = record_sleep_state = log
+
+
+class WorkerExtension:
+    """What vLLM's worker is asked beyond its own methods: it alone knows what its attention backend takes."""
+
+    def execution(self) -> str:
+        """Say how prefill steps run: kernels replayed as one CUDA graph, or launched one by one."""
+        return "CUDA graphs" if str(self.vllm_config.compilation_config.cudagraph_mode) == "FULL" else "eager"
 
 
 class Engine:
@@ -476,6 +477,7 @@ class Engine:
         self.cache_model = CacheModel(self.block_size)
         self.measurements: list[Measurement] = []
         self.output_ids: list[int] = []  # what the latest request generated
+        self.execution = "eager"  # "CUDA graphs", where the worker says so
 
     async def ask(
         self,
@@ -544,6 +546,7 @@ class Engine:
             ids = [6] * (length - suffix) + [6 + len(times)] * suffix
             times.append((await self.ask(ids, "warm_up", "decoy", len(times))).ttft_ms)
         await self.reset()
+        [self.execution] = await self.vllm_engine.collective_rpc("execution")
 
     def end(self) -> None:
         """End vLLM's processes at once: none of them has anything left to save."""
@@ -622,7 +625,7 @@ class Run:
             AsyncEngineArgs, model=name, load_format="auto" if real else "dummy",
             enable_prefix_caching=not args.no_prefix_caching, block_size=args.block_size or 128, max_num_seqs=SEQUENCES,
             enforce_eager=True, distributed_executor_backend="uni", gpu_memory_utilization=0.1,
-            disable_hybrid_kv_cache_manager=True, cudagraph_metrics=True,
+            disable_hybrid_kv_cache_manager=True, worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )  # fmt: skip
         self.takes_graphs: bool = current_platform.is_cuda_alike()
         try:
@@ -723,7 +726,7 @@ class Run:
         try:
             sizes = dict(max_model_len=length, max_num_batched_tokens=length, kv_cache_memory_bytes=kv_bytes)
             if self.takes_graphs:
-                capture = [size for size in graph_sizes(batch * suffix) if size <= length]
+                capture = graph_sizes(batch * suffix)  # of these vLLM leaves out what no step can reach
                 graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture}
                 sizes |= dict(enforce_eager=False, compilation_config=graphs)
             config = self.engine_args(**sizes | more).create_engine_config()
@@ -748,7 +751,7 @@ class Run:
 
     def print_banner(self) -> None:
         engine = self.engines[0]
-        self.environment |= {"kv_cache_tokens": engine.kv_cache_tokens, "execution": engine.counters.execution}
+        self.environment |= {"kv_cache_tokens": engine.kv_cache_tokens, "execution": engine.execution}
         engine_line = (
             "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens"
         )

@@ -288,6 +288,8 @@ def record(run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: 
 def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]], boundary: int) -> None:
     """Send the good prompts to an engine without automatic prefix caching, with a store and without one."""
     run.print("\n[bold]On transformers, without automatic prefix caching[/] (float32, normal weights)")
+    if run.environment["transformers_model"] != run.environment["model"]:
+        run.print(f"with {run.environment['transformers_model']}", markup=False)
     run.print_pair_head("everything is prefilled", "PrefixStore, marked prefix")
     store = PrefixStore(explicit.store_bytes, ttl_s=300, clock=time.monotonic)
     differences, equal, rows = [], 0, {"bad": [], "good": []}
@@ -387,7 +389,7 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
 
 async def lesson(run: Run) -> None:
     prompt = read_prompt(run.args)
-    run.load_model(copies=2)  # in float32 it takes twice the memory
+    run.load_model()
     prompt = prompt or default_prompt(run.args.prefix_tokens, run.count)
     numbers = range(run.args.requests)
     prompts = {arm: [run.encode(layout(prompt, n)) for n in numbers] for arm, layout in LAYOUTS.items()}
@@ -400,7 +402,10 @@ async def lesson(run: Run) -> None:
     longest = max(map(len, itertools.chain(*prompts.values(), primed.values())))
     kv_bytes = longest * run.kv_bytes_per_token // run.dtype_bytes * 4  # in float32
     device, memory = ("cuda", run.gpu_memory) if run.on_gpu else ("cpu", free_memory())
-    explicit = ExplicitEngine(run.engine_args.keywords["model"], device, memory, kv_bytes)
+    # In float32 a GPU computes some ten times slower: a shape for an eighth of it takes about as long as vLLM's.
+    model = run.engine_args.keywords["model"] if run.args.model else str(run.built_in(share=8))
+    run.environment["transformers_model"] = "/".join(Path(model).parts[-2:])
+    explicit = ExplicitEngine(model, device, memory, kv_bytes)
     engine = await run.open_engine(longest, run.suffix(prompts["good"]))
     with run.timed("measuring"):
         await pair(run, engine, prompts)
@@ -702,11 +707,12 @@ class Run:
             yield
         self.seconds[what] += time.perf_counter() - start
 
-    def load_model(self, copies: int = 1) -> None:
-        """Find the model, its tokenizer and its limits; no engine is started yet.
+    def built_in(self, share: int = 1) -> Path:
+        """Return the built-in model for this device: on a GPU the largest shape that fits into one `share`-th of it."""
+        return HERE / "built_in_model" / (built_in_shape(self.gpu_memory // share) if self.on_gpu else "cpu")
 
-        A GPU must hold the built-in model `copies` times; how large it may be follows from that.
-        """
+    def load_model(self, engines: int = 1) -> None:
+        """Find the model, its tokenizer and its limits for so many engines on one GPU; none is started yet."""
         args, built_in = self.args, HERE / "built_in_model"
         if args.model is None and not built_in.is_dir():
             raise LessonError("the built-in model is not beside this script: give --model a folder or a hub name")
@@ -720,13 +726,12 @@ class Run:
             from vllm.platforms import current_platform
 
             gc.freeze(), gc.enable()
-        self.on_gpu = on_gpu = not current_platform.is_cpu()
-        self.gpu_memory: int = current_platform.get_device_total_memory() if on_gpu else 0  # of one, in bytes
-        device = current_platform.get_device_name() if on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
-        shape = built_in_shape(self.gpu_memory // copies) if on_gpu else "cpu"
-        name = name or find_model(str(built_in / shape))
+        self.on_gpu: bool = not current_platform.is_cpu()
+        self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # of one, in bytes
+        device = current_platform.get_device_name() if self.on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
+        name = name or find_model(str(self.built_in(engines)))
         if args.prefix_tokens is None:
-            args.prefix_tokens = 8000 if on_gpu else 4000
+            args.prefix_tokens = 8000 if self.on_gpu else 4000
         path = Path(name)
         real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
         # Blocks of 32 on a GPU: of 16 twice as many are hashed, of 128 a hit computes a hundred tokens more. "uni": the
@@ -735,9 +740,10 @@ class Run:
         # would drop what sliding windows have left, a cache of other rules.
         self.engine_args = functools.partial(
             AsyncEngineArgs, model=name, load_format="auto" if real else "dummy",
-            enable_prefix_caching=not args.no_prefix_caching, block_size=args.block_size or (32 if on_gpu else None), max_num_seqs=SEQUENCES,
-            enforce_eager=True, distributed_executor_backend="uni", gpu_memory_utilization=0.1,
-            disable_hybrid_kv_cache_manager=True, worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
+            enable_prefix_caching=not args.no_prefix_caching, max_num_seqs=SEQUENCES, enforce_eager=True,
+            block_size=args.block_size or (32 if self.on_gpu else None), distributed_executor_backend="uni",
+            gpu_memory_utilization=0.1, disable_hybrid_kv_cache_manager=True,
+            worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )  # fmt: skip
         self.takes_graphs: bool = current_platform.is_cuda_alike()
         try:

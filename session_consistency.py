@@ -428,7 +428,7 @@ def check_memory(run: Run, longest: int, prompts: int, sharing: int) -> None:
 
 
 async def lesson(run: Run) -> None:
-    run.load_model(copies=run.args.workers)  # they may have to share a GPU
+    run.load_model(engines=run.args.workers)  # they may have to share a GPU
     args, dice = run.args, random.Random(run.args.seed)
     names = [f"session-{n:02}" for n in range(args.sessions)]
     lengths = {name: dice.randint(max(2, args.requests - 2), args.requests) for name in names}
@@ -721,11 +721,12 @@ class Run:
             yield
         self.seconds[what] += time.perf_counter() - start
 
-    def load_model(self, copies: int = 1) -> None:
-        """Find the model, its tokenizer and its limits; no engine is started yet.
+    def built_in(self, share: int = 1) -> Path:
+        """Return the built-in model for this device: on a GPU the largest shape that fits into one `share`-th of it."""
+        return HERE / "built_in_model" / (built_in_shape(self.gpu_memory // share) if self.on_gpu else "cpu")
 
-        A GPU must hold the built-in model `copies` times; how large it may be follows from that.
-        """
+    def load_model(self, engines: int = 1) -> None:
+        """Find the model, its tokenizer and its limits for so many engines on one GPU; none is started yet."""
         args, built_in = self.args, HERE / "built_in_model"
         if args.model is None and not built_in.is_dir():
             raise LessonError("the built-in model is not beside this script: give --model a folder or a hub name")
@@ -739,13 +740,12 @@ class Run:
             from vllm.platforms import current_platform
 
             gc.freeze(), gc.enable()
-        self.on_gpu = on_gpu = not current_platform.is_cpu()
-        self.gpu_memory: int = current_platform.get_device_total_memory() if on_gpu else 0  # of one, in bytes
-        device = current_platform.get_device_name() if on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
-        shape = built_in_shape(self.gpu_memory // copies) if on_gpu else "cpu"
-        name = name or find_model(str(built_in / shape))
+        self.on_gpu: bool = not current_platform.is_cpu()
+        self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # of one, in bytes
+        device = current_platform.get_device_name() if self.on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
+        name = name or find_model(str(self.built_in(engines)))
         if args.prefix_tokens is None:
-            args.prefix_tokens = 8000 if on_gpu else 4000
+            args.prefix_tokens = 8000 if self.on_gpu else 4000
         path = Path(name)
         real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
         # Blocks of 32 on a GPU: of 16 twice as many are hashed, of 128 a hit computes a hundred tokens more. "uni": the
@@ -754,9 +754,10 @@ class Run:
         # would drop what sliding windows have left, a cache of other rules.
         self.engine_args = functools.partial(
             AsyncEngineArgs, model=name, load_format="auto" if real else "dummy",
-            enable_prefix_caching=not args.no_prefix_caching, block_size=args.block_size or (32 if on_gpu else None), max_num_seqs=SEQUENCES,
-            enforce_eager=True, distributed_executor_backend="uni", gpu_memory_utilization=0.1,
-            disable_hybrid_kv_cache_manager=True, worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
+            enable_prefix_caching=not args.no_prefix_caching, max_num_seqs=SEQUENCES, enforce_eager=True,
+            block_size=args.block_size or (32 if self.on_gpu else None), distributed_executor_backend="uni",
+            gpu_memory_utilization=0.1, disable_hybrid_kv_cache_manager=True,
+            worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )  # fmt: skip
         self.takes_graphs: bool = current_platform.is_cuda_alike()
         try:

@@ -64,9 +64,9 @@ def test_a_run_is_added_to_a_recorded_one_only_where_there_is_one_to_be_read(tmp
 
 def test_a_speed_up_is_qualified_where_the_ranges_overlap() -> None:
     slow, fast, between = (Arm(100, 0, times) for times in ([100.0, 110.0], [10.0, 20.0], [15.0, 105.0]))
-    assert speed_up(slow, fast) == "7.0x"
-    assert speed_up(slow, between) == "not shown, TTFT ranges overlap"
-    assert speed_up(fast, slow) == "none"
+    assert speed_up(slow, fast) == "speed-up 7.0x"
+    assert speed_up(slow, between) == "TTFT ranges overlap"
+    assert speed_up(fast, slow) == "no speed-up"
 
 
 def test_cost_is_computed_tokens_at_the_full_and_cached_ones_at_the_reduced_price() -> None:

@@ -1094,7 +1094,7 @@ def engine_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
-    add("--block-size", type=at_least(1), help="tokens per block (default: vLLM's, 128 on a CPU, 16 on most GPUs)")
+    add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,17 @@ def test_the_summary_of_a_recorded_run_fits_80_columns_and_leaves_out_request_0(
         assert result["lesson"] in out
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Give back the handlers that the runner replaces: what ignores a signal hands that on to all that it starts."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(signum) for signum in signals]
+    yield
+    for signum, handler in zip(signals, before, strict=True):
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_a_summary_that_cannot_be_written_after_all_is_one_line_and_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -958,9 +958,25 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line that shows its `doc` as it is, and takes no empty value: an unset variable of a shell is one."""
+
+    def __init__(self, doc: str, **options: object) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        for before, word in itertools.pairwise(["", *words]):
+            if not word:
+                self.error(f"an empty value after {before if before.startswith('-') else 'the others'}")
+            if word.startswith("--") and word.endswith("="):
+                self.error(f"an empty value in {word}")
+        return super().parse_known_args(args, namespace)
+
+
 def engine_parser(doc: str) -> argparse.ArgumentParser:
     """Return the command line of everything that starts an engine."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(doc)
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")

@@ -84,8 +84,22 @@ def read_arm(result: dict, arm: str) -> Arm:
     )
 
 
-def speed_up(bad: Arm, good: Arm) -> str:
-    """Say how much faster the medians are, or why nothing is said."""
+def pair_ratios(result: dict) -> list[float]:
+    """Return, for every turn of every session, its TTFT in bad by that in good; nothing where there are no sessions.
+
+    Turns are unlike requests: their ranges overlap however much faster each one is.
+    """
+    times: dict[str, dict] = {"bad": {}, "good": {}}
+    for m in result["measurements"]:
+        if m["experiment"] == "main" and m["request"] > 0 and m["session"] is not None and m["error"] is None:
+            times[m["arm"]][m["session"], m["request"]] = m["ttft_ms"]
+    return [times["bad"][turn] / times["good"][turn] for turn in times["bad"] if turn in times["good"]]
+
+
+def speed_up(bad: Arm, good: Arm, ratios: list[float]) -> str:
+    """Say how much faster the medians are, or the pairs where there are `ratios` of them, or why nothing is said."""
+    if ratios:
+        return f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)} faster ({statistics.median(ratios):.1f}x)"
     if bad.median_ms <= good.median_ms:
         return "no speed-up"
     if min(bad.ttft_ms) <= max(good.ttft_ms):
@@ -114,7 +128,7 @@ def summarise(runs: list[LessonRun]) -> None:
         computed = good.computed_tokens / bad.computed_tokens - 1
         cost = good.dollars / bad.dollars - 1
         held = f"{sum(claim['holds'] for claim in result['claims'])} of {len(result['claims'])}"
-        changes = f"computed {computed:+.0%}, cost {cost:+.0%}, {speed_up(bad, good)}"
+        changes = f"computed {computed:+.0%}, cost {cost:+.0%}, {speed_up(bad, good, pair_ratios(result))}"
         console.print(f"  {held} claims hold in {sum(result['seconds'].values()):.0f} s; {changes}")
     console.print(f"TTFT: median; example prices: ${PRICE_INPUT:.2f} per million tokens, cached ${PRICE_CACHED:.2f}")
 

@@ -210,6 +210,8 @@ def judge(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     for name, cell in rows.items():
         run.print(f"{name:<36}{cell(bad):>20}{cell(good):>20}")
 
+    print_pairs(run, bad, good)
+
     kept = {
         (session, turn): run.whole_blocks(common_prefix(a, b))
         for session, prompts in traffic.prompts.items()
@@ -224,11 +226,36 @@ def judge(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     computed = [sum(m.computed_tokens for m in arm) for arm in (bad, good)]
     run.claim("affinity computes fewer tokens", computed[1] < computed[0], f"{computed[1]:,} of {computed[0]:,} tokens")
     run.print(f"\nThe same sessions, the same order: {computed[0]:,} tokens computed, with affinity {computed[1]:,}.")
-    run.print(time_verdict(bad, good, alone=False))
-    if min(m.ttft_ms for m in bad) <= max(m.ttft_ms for m in good):
-        run.print(
-            f"(Round robin is right by accident now and then; p90 went from {p90(bad):,.0f} to {p90(good):,.0f} ms.)"
-        )
+    run.print(pair_verdict(pair_ratios(bad, good), sign_test=run.args.deeper))
+
+
+def pair_ratios(bad: list[Measurement], good: list[Measurement]) -> list[float]:
+    """Return, for every turn of every session, its TTFT in `bad` by that in `good`: like is compared with like."""
+    good_ttft = {(m.session, m.request): m.ttft_ms for m in good}
+    return [m.ttft_ms / good_ttft[m.session, m.request] for m in bad]
+
+
+def print_pairs(run: Run, bad: list[Measurement], good: list[Measurement]) -> None:
+    """Show by turn what the same request took in both arms."""
+    turns = sorted({m.request for m in bad})[:5]
+    faster, medians = "", ""
+    for turn in turns:
+        ratios = pair_ratios([m for m in bad if m.request == turn], [m for m in good if m.request == turn])
+        faster += f"{f'{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}':>8}"
+        medians += f"{f'{statistics.median(ratios):.1f}x':>8}"
+    run.print(f"\n[bold]{'the same request, bad / good':<36}" + "".join(f"{f'turn {turn}':>8}" for turn in turns))
+    run.print(f"{'faster with affinity':<36}{faster}\n{'median of the ratios':<36}{medians}")
+
+
+def pair_verdict(ratios: list[float], sign_test: bool) -> str:
+    """Say how many requests were faster with affinity, and by how much; p: as many, or as few, by chance alone."""
+    faster, count = sum(ratio > 1 for ratio in ratios), len(ratios)
+    verdict = f"TTFT of the same request: {faster} of {count} faster with affinity"
+    if 2 * faster <= count:
+        return f"{verdict}: no speed-up is shown."
+    tail = sum(math.comb(count, n) for n in range(faster, count + 1)) / 2**count
+    p = f"\n(sign test, two-sided: p = {min(1.0, 2 * tail):.1g})" if sign_test else ""
+    return f"{verdict}, median ratio {statistics.median(ratios):.1f}.{p}"
 
 
 def p90(arm: list[Measurement]) -> float:
@@ -1089,9 +1116,25 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line that shows its `doc` as it is, and takes no empty value: an unset variable of a shell is one."""
+
+    def __init__(self, doc: str, **options: object) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        for before, word in itertools.pairwise(["", *words]):
+            if not word:
+                self.error(f"an empty value after {before if before.startswith('-') else 'the others'}")
+            if word.startswith("--") and word.endswith("="):
+                self.error(f"an empty value in {word}")
+        return super().parse_known_args(args, namespace)
+
+
 def engine_parser(doc: str) -> argparse.ArgumentParser:
     """Return the command line of everything that starts an engine."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(doc)
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")

@@ -114,11 +114,11 @@ def write_model(folder: Path, shape: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, help="one shape instead of those in the repository")
-    parser.add_argument("--out", type=Path, help="the folder to write, with --shape")
+    parser.add_argument("--out", help="the folder to write, with --shape")
     args = parser.parse_args()
-    if bool(args.shape) != bool(args.out):
+    if bool(args.shape) != bool(args.out):  # both, and not empty
         parser.error("--shape and --out belong together: --shape 7b --out DIR")
-    targets = {args.out: args.shape} if args.shape else {HERE / shape: shape for shape in SHAPES}
+    targets = {Path(args.out): args.shape} if args.shape else {HERE / shape: shape for shape in SHAPES}
     for folder, shape in targets.items():
         write_model(folder, shape)
         print(f"wrote {shape} to {folder}")

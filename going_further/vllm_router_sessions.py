@@ -76,6 +76,7 @@ from session_consistency import (
     EngineError,
     LessonError,
     Measurement,
+    Parser,
     UsageError,
     at_least,
     find_model,
@@ -879,8 +880,7 @@ def finish(args: argparse.Namespace, verdict: str, content: dict) -> int:
 def parse_args() -> argparse.Namespace:
     """Return the checked command line with the API key as `key`. An error never repeats what may be one."""
     name = f"python -m going_further.{PROGRAM}"
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=name, description=__doc__, formatter_class=raw)
+    parser = Parser(__doc__, prog=name)
     add = parser.add_argument
     add("--workers", metavar="N", type=at_least(2), help="vLLM servers to start (default: 2)")
     add("--model", metavar="M", help="a folder or a hub name (default: built_in_model, random weights, no download)")

@@ -64,11 +64,51 @@ def test_a_run_is_added_to_a_recorded_one_only_where_there_is_one_to_be_read(tmp
     assert path.read_text() == "{}"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run_all_examples.py", "--model", ""],
+        ["run_all_examples.py", "--show", ""],
+        ["run_all_examples.py", "--json="],
+        ["run_all_examples.py", "1", ""],
+        ["stable_prefix_vs_timestamp.py", "--model", ""],
+        ["manual_cache_boundary.py", "--prompt-file="],
+        ["-m", "going_further.replay_request_log", ""],
+        ["-m", "going_further.vllm_router_sessions", "--base-url", ""],
+        ["-m", "going_further.pinned_system_prompt", "--model="],
+        ["built_in_model/build.py", "--shape", "7b", "--out", ""],
+    ],
+    ids=" ".join,
+)
+def test_an_empty_value_is_refused_everywhere_since_an_unset_variable_is_one(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_speed_up_is_qualified_where_the_ranges_overlap() -> None:
     slow, fast, between = (Arm(100, 0, times) for times in ([100.0, 110.0], [10.0, 20.0], [15.0, 105.0]))
-    assert speed_up(slow, fast) == "speed-up 7.0x"
-    assert speed_up(slow, between) == "TTFT ranges overlap"
-    assert speed_up(fast, slow) == "no speed-up"
+    assert speed_up(slow, fast, []) == "speed-up 7.0x"
+    assert speed_up(slow, between, []) == "TTFT ranges overlap"
+    assert speed_up(fast, slow, []) == "no speed-up"
+    assert speed_up(slow, between, [3.0, 0.5, 2.0]) == "2 of 3 faster (2.0x)"
+
+
+def test_turns_of_sessions_are_compared_with_themselves_in_the_other_arm() -> None:
+    def row(arm: str, request: int, session: str | None, ttft: float) -> dict:
+        common = dict(experiment="main", error=None)
+        return dict(arm=arm, request=request, session=session, ttft_ms=ttft, **common)
+
+    sessions = [
+        row("bad", 1, "a", 100.0),
+        row("good", 1, "a", 50.0),
+        row("bad", 2, "a", 30.0),
+        row("good", 2, "a", 60.0),
+    ]
+    assert run_all_examples.pair_ratios({"measurements": sessions}) == [2.0, 0.5]
+    first = [row("bad", 0, "a", 100.0), row("good", 0, "a", 50.0)]
+    alone = [row("bad", 1, None, 100.0), row("good", 1, None, 50.0)]
+    assert run_all_examples.pair_ratios({"measurements": first + alone}) == []
 
 
 def test_cost_is_computed_tokens_at_the_full_and_cached_ones_at_the_reduced_price() -> None:

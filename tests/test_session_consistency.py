@@ -21,6 +21,8 @@ from session_consistency import (
     messages,
     moved_share,
     p90,
+    pair_ratios,
+    pair_verdict,
     per_worker,
     rendezvous,
     report,
@@ -148,3 +150,30 @@ def test_p90_is_a_measured_time_that_nine_of_ten_do_not_exceed() -> None:
     arm = [Measurement("main", "bad", 1, 0, "s", 10, 0, 0, float(ms), None) for ms in range(1, 11)]
     assert p90(arm) == 9.0
     assert p90(arm[:1]) == 1.0
+
+
+def turn(session: str, request: int, ttft_ms: float) -> Measurement:
+    return Measurement("main", "bad", request, 0, session, 100, 0, 0, ttft_ms, None)
+
+
+def test_a_turn_is_compared_with_itself_in_the_other_arm_whatever_the_order() -> None:
+    bad = [turn("a", 1, 100.0), turn("b", 1, 10.0)]
+    good = [turn("b", 1, 20.0), turn("a", 1, 25.0)]
+    assert pair_ratios(bad, good) == [4.0, 0.5]
+
+
+def test_the_verdict_counts_the_pairs_and_claims_nothing_where_half_of_them_are_slower() -> None:
+    assert "9 of 10 faster with affinity, median ratio 3.0." in pair_verdict([3.0] * 9 + [0.5], sign_test=False)
+    assert pair_verdict([3.0, 0.5], sign_test=True).endswith("1 of 2 faster with affinity: no speed-up is shown.")
+
+
+@given(st.lists(st.floats(0.01, 99.0), min_size=1, max_size=40))
+def test_the_sign_test_is_the_binomial_one_and_the_line_fits_80_columns(ratios: list[float]) -> None:
+    verdict = pair_verdict(ratios, sign_test=True)
+    assert max(map(len, verdict.splitlines())) <= 80
+    faster = sum(ratio > 1 for ratio in ratios)
+    if 2 * faster > len(ratios):
+        rows = itertools.product((0, 1), repeat=len(ratios)) if len(ratios) <= 12 else []
+        if tails := [sum(row) >= faster for row in rows]:
+            p = min(1.0, 2 * sum(tails) / len(tails))
+            assert f"p = {p:.1g})" in verdict

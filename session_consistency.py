@@ -528,7 +528,7 @@ from typing import TextIO
 HERE = Path(__file__).resolve().parent
 OUTPUT_TOKENS = 64  # the most that a lesson lets a request generate
 SEQUENCES = 16  # the most that an engine computes at once
-GRAPH_TOKENS = 2048  # a longer step computes for longer than its kernels take to be launched
+GRAPH_TOKENS = 2048  # the longest step that is captured as a CUDA graph: each size takes memory and time
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -563,7 +563,7 @@ class Measurement:
     engine_ttft_ms: float | None = None  # the engine's part of it, from queueing to the first token: the two below
     waiting_ms: float | None = None  # queued until scheduled
     step_ms: float | None = None  # scheduled until the first token: finding the blocks, and the forward pass
-    client_ms: float | None = None  # the rest: tokens on their way in, hashed by block, and out
+    client_ms: float | None = None  # the rest: tokens in, hashed by block, and out; a busy engine first ends its step
     tpot_ms: float | None = None  # decode only: first token to last, per token
 
     @property
@@ -707,8 +707,11 @@ class Engine:
         [self.execution] = await self.vllm_engine.collective_rpc("execution")
 
     def end(self) -> None:
-        """End vLLM's processes at once: none of them has anything left to save."""
+        """End vLLM's processes at once, which have nothing left to save, and wait until their memory is free."""
+        processes = self.vllm_engine.engine_core.resources.engine_manager.processes
         self.vllm_engine.shutdown(timeout=0)
+        for process in processes:
+            process.join()
 
 
 class Run:
@@ -781,7 +784,7 @@ class Run:
         # would drop what sliding windows have left, a cache of other rules.
         self.engine_args = functools.partial(
             AsyncEngineArgs, model=name, load_format="auto" if real else "dummy",
-            enable_prefix_caching=not args.no_prefix_caching, max_num_seqs=SEQUENCES, enforce_eager=True,
+            enable_prefix_caching=not args.no_prefix_caching, max_num_seqs=SEQUENCES,
             block_size=args.block_size or (32 if self.on_gpu else None), distributed_executor_backend="uni",
             gpu_memory_utilization=0.1, disable_hybrid_kv_cache_manager=True,
             worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
@@ -789,7 +792,7 @@ class Run:
         self.takes_graphs: bool = current_platform.is_cuda_alike()
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
-            config = self.engine_args().create_engine_config()
+            config = self.engine_args(enforce_eager=True).create_engine_config()
         except (OSError, ValueError) as error:
             raise LessonError(f"vLLM cannot use the model in {name}: {telling_line(error)}") from error
         shape, parallel = config.model_config, config.parallel_config
@@ -871,10 +874,11 @@ class Run:
     ) -> Engine:
         """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
 
-        On a GPU a step of up to `batch` hits, each of `suffix` tokens, is one replay of a CUDA graph: launched one by
-        one, its kernels would take longer than they run. Nothing is compiled. A GPU whose attention cannot be captured
-        for prefill goes on eagerly, as vLLM decides; `execution` says so. `more` are further arguments of vLLM's
-        AsyncEngineArgs. Raises UsageError where the model takes no such prompt, EngineError where vLLM does not start.
+        On a GPU a step of up to `batch` hits, each of `suffix` tokens, is one replay of a CUDA graph, and nothing is
+        compiled. vLLM narrows that to decoding where the attention lets no prefill be captured, and where it captures
+        nothing vLLM does not start: then prefill runs eagerly, and `execution` says so. `more` are further arguments of
+        vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt, EngineError where vLLM does not
+        start.
         """
         from vllm import AsyncLLMEngine
 
@@ -882,17 +886,19 @@ class Run:
         length = longest + OUTPUT_TOKENS
         kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
         counters = CacheCounters()
-        try:
-            sizes = dict(max_model_len=length, max_num_batched_tokens=length, kv_cache_memory_bytes=kv_bytes)
-            if self.takes_graphs:
-                capture = graph_sizes(batch * suffix)  # of these vLLM leaves out what no step can reach
-                graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture}
-                sizes |= dict(enforce_eager=False, compilation_config=graphs)
-            config = self.engine_args(**sizes | more).create_engine_config()
-            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported here need not be once more
-            vllm_engine = AsyncLLMEngine.from_vllm_config(config, stat_loggers=[lambda *_: counters])
-        except (OSError, RuntimeError, ValueError) as error:
-            raise EngineError("vLLM did not start") from error
+        sizes = dict(max_model_len=length, max_num_batched_tokens=length, kv_cache_memory_bytes=kv_bytes)
+        capture = graph_sizes(batch * suffix)  # of these vLLM leaves out what no step can reach
+        graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture}
+        ways = [{"enforce_eager": False, "compilation_config": graphs}] if self.takes_graphs else []
+        for way in [*ways, {"enforce_eager": True}]:
+            try:
+                config = self.engine_args(**sizes | way | more).create_engine_config()
+                os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported here need not be once more
+                vllm_engine = AsyncLLMEngine.from_vllm_config(config, stat_loggers=[lambda *_: counters])
+                break
+            except (OSError, RuntimeError, ValueError) as error:
+                if way["enforce_eager"]:
+                    raise EngineError("vLLM did not start") from error
         engine = Engine(vllm_engine, counters, worker)
         self.engines.append(engine)
         if engine.block_size != self.block_size:  # some backends decide only once the engine is there
@@ -1031,7 +1037,7 @@ def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = 
 def built_in_shape(memory: int) -> str:
     """Return the largest built-in shape for so many bytes: weights, KV cache and work space, with room to spare."""
     gib = memory / 2**30
-    return "7b" if gib >= 39 else "1.5b" if gib >= 7.5 else "0.5b"  # cards of 40 and 8 GiB have a little less to show
+    return "7b" if gib >= 39 else "1.5b" if gib >= 11 else "0.5b"  # cards of 40 and 12 GiB have a little less to show
 
 
 def graph_sizes(longest: int) -> list[int]:
@@ -1123,12 +1129,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        for before, word in itertools.pairwise(["", *words]):
-            if not word:
-                self.error(f"an empty value after {before if before.startswith('-') else 'the others'}")
-            if word.startswith("--") and word.endswith("="):
-                self.error(f"an empty value in {word}")
+        for word in sys.argv[1:] if args is None else args:
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error("there is an empty value among the arguments")  # none is repeated: it may be a key
         return super().parse_known_args(args, namespace)
 
 
@@ -1177,9 +1180,12 @@ def use_python_with_vllm() -> None:
     os.execv(venv / "bin" / "python", [str(venv / "bin" / "python"), *sys.orig_argv[1:]])
 
 
-def end_with_parent(parent: int) -> None:
-    """Let the kernel end this process when the one that made it ends, however it ends (prctl(2), PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def end_with_parent(parent: int, libc: ctypes.CDLL) -> None:
+    """Let the kernel end this process when the thread that made it ends, however it ends (prctl(2), PR_SET_PDEATHSIG).
+
+    So a thread that starts an engine must live as long as the engine; asyncio keeps those of its executor.
+    """
+    libc.prctl(1, signal.SIGKILL)
     if os.getppid() != parent:  # it was too late
         os._exit(1)
 
@@ -1201,8 +1207,9 @@ def prepare_process(engines: int = 1) -> Path:
     fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
     folder = folder.rename(folder.with_name(folder.name.removeprefix("new-")))
     forked_by: list[int] = []  # an engine may fork in its turn
+    libc = ctypes.CDLL(None)
     os.register_at_fork(
-        before=lambda: forked_by.append(os.getpid()), after_in_child=lambda: end_with_parent(forked_by[-1])
+        before=lambda: forked_by.append(os.getpid()), after_in_child=lambda: end_with_parent(forked_by[-1], libc)
     )
     # Several engines share the cores; one alone leaves one to the client, as vLLM does where it binds threads itself.
     cores = len(os.sched_getaffinity(0))
@@ -1270,8 +1277,8 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
     os._exit(status)  # all is written; to take an interpreter with vLLM in it apart takes two seconds
 
 
-if (maker := multiprocessing.parent_process()) is not None:  # an engine's process that was not forked but spawned
-    end_with_parent(maker.pid)
+if "__mp_main__" in sys.modules:  # an engine's process that was not forked but spawned
+    end_with_parent(os.getppid(), ctypes.CDLL(None))
 
 
 # --- end of the measuring block ---

@@ -492,7 +492,7 @@ async def with_engine(run: Run) -> None:
     prompts = math.ceil(len(comparer.owners) * run.block_size / longest) + 2
     check_memory(run, longest * prompts * run.kv_bytes_per_token)
     hits = [row for row in rows if row.predicted_cached_tokens]
-    suffix = max((row.prompt_tokens - row.predicted_cached_tokens for row in hits), default=run.block_size)
+    suffix = max((row.prompt_tokens - row.predicted_cached_tokens for row in hits), default=1)
     engine = await run.open_engine(longest, suffix, prompts=prompts)
     run.print("[bold] line  prompt predicted  cached     TTFT  best predecessor")
     with run.timed("measuring"):

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -216,7 +217,7 @@ def test_the_folder_of_a_run_that_was_killed_goes_with_the_next_run_one_in_use_s
 
 
 @pytest.mark.parametrize(
-    ("gib", "shape"), [(141, "7b"), (79.6, "7b"), (39.6, "7b"), (24, "1.5b"), (7.6, "1.5b"), (6, "0.5b")]
+    ("gib", "shape"), [(141, "7b"), (79.6, "7b"), (39.6, "7b"), (24, "1.5b"), (11.7, "1.5b"), (8, "0.5b")]
 )
 def test_the_built_in_shape_follows_the_memory_of_the_gpu(gib: float, shape: str) -> None:
     assert built_in_shape(int(gib * 2**30)) == shape
@@ -230,3 +231,50 @@ def test_a_step_is_padded_to_a_captured_size_by_less_than_half(tokens: int) -> N
         assert min(size for size in sizes if size >= tokens) <= max(16, 1.5 * tokens)
     else:
         assert tokens > GRAPH_TOKENS
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_one_engine_leaves_a_core_to_the_client_several_share_them(engines: int, tmp_path: Path) -> None:
+    script = "import os, stable_prefix_vs_timestamp as s; s.prepare_process(int(os.environ['N']))"
+    script += "; print(os.environ['OMP_NUM_THREADS'], len(os.sched_getaffinity(0)))"
+    environment = os.environ | {"TMPDIR": str(tmp_path), "N": str(engines)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    threads, cores = map(int, done.stdout.split())
+    assert threads == max(1, cores - 1 if engines == 1 else cores // engines)
+
+
+FORKED = """
+import os, time
+from stable_prefix_vs_timestamp import prepare_process
+prepare_process()
+if (child := os.fork()) == 0:
+    time.sleep(60)
+print(child, flush=True)
+time.sleep(60)
+"""
+SPAWNED = """
+import multiprocessing, time
+import stable_prefix_vs_timestamp
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    process.start()
+    time.sleep(1)
+    print(process.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("text", [FORKED, SPAWNED], ids=["forked", "spawned"])
+def test_an_engines_process_ends_with_a_lesson_that_is_killed(text: str, tmp_path: Path) -> None:
+    (tmp_path / "lesson.py").write_text(text)
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "lesson.py")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as lesson:
+        engine = Path("/proc") / lesson.stdout.readline().strip()
+        assert engine.exists()
+        lesson.kill()
+        lesson.stdout.close()
+    end = time.monotonic() + 10
+    while engine.exists() and "State:\tZ" not in (engine / "status").read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not engine.exists() or "State:\tZ" in (engine / "status").read_text()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -16,6 +18,7 @@ from session_consistency import (
     PrefixAware,
     RoundRobin,
     Traffic,
+    UsageError,
     changes_workers,
     common_prefix,
     messages,
@@ -28,6 +31,7 @@ from session_consistency import (
     report,
     schedule,
     shared_prefixes,
+    worker_places,
 )
 from stable_prefix_vs_timestamp import Measurement
 
@@ -177,3 +181,12 @@ def test_the_sign_test_is_the_binomial_one_and_the_line_fits_80_columns(ratios: 
         if tails := [sum(row) >= faster for row in rows]:
             p = min(1.0, 2 * sum(tails) / len(tails))
             assert f"p = {p:.1g})" in verdict
+
+
+def test_workers_without_a_gpu_have_cores_of_their_own_and_more_workers_than_cores_are_refused() -> None:
+    cores = len(os.sched_getaffinity(0))
+    gpus, places = worker_places(SimpleNamespace(on_gpu=False), cores)
+    assert gpus == []
+    assert len(set(itertools.chain(*places))) == cores
+    with pytest.raises(UsageError, match="needs as many cores"):
+        worker_places(SimpleNamespace(on_gpu=False), cores + 1)

@@ -54,23 +54,28 @@ def test_a_signal_ends_everything_within_ten_seconds(sent: signal.Signals, wait,
 
 
 def test_a_run_leaves_no_file_no_socket_and_no_shared_memory(temporary: Path) -> None:
-    before, beside = shared_memory(), set(os.listdir("/tmp"))
+    def written_elsewhere() -> set[str]:
+        return {path.name for pattern in ("*kv-*", "*vllm*", "torch*") for path in Path("/tmp").glob(pattern)}
+
+    before, beside = shared_memory(), written_elsewhere()
     options = ["--prefix-tokens", "300", "--requests", "2"]
     assert subprocess.run([sys.executable, SCRIPT, *options], capture_output=True).returncode == 0
     assert lesson_processes(temporary) == [], "the engine ended before the lesson did"
     assert list(temporary.iterdir()) == []
-    assert set(os.listdir("/tmp")) <= beside
+    assert written_elsewhere() <= beside
     assert shared_memory() <= before
 
 
-def test_the_end_takes_no_longer_than_a_second() -> None:
+def test_the_end_takes_no_time_beside_the_imports() -> None:
     command = [sys.executable, SCRIPT, "--prefix-tokens", "300", "--requests", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
+            if found := re.match(r"imports ([\d.]+) s", line):
+                imports = float(found[1])
             if "claims about token counts hold" in line:
                 told = time.monotonic()
     assert process.returncode == 0
-    assert time.monotonic() - told < 1
+    assert time.monotonic() - told < imports / 3
 
 
 def test_an_engine_that_cannot_start_is_one_line_with_the_root_cause_and_the_log(

@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from setup_and_test import end_on_signals, prepare
-from stable_prefix_vs_timestamp import LessonError, has_usable_vllm, lesson_parser, write_json
+from setup_and_test import end_on_signals, has_usable_vllm, prepare
+from stable_prefix_vs_timestamp import LessonError, lesson_parser, write_json
 
 HERE = Path(__file__).resolve().parent
 

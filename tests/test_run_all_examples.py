@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import signal
 import subprocess
@@ -84,6 +85,38 @@ def test_an_empty_value_is_refused_everywhere_since_an_unset_variable_is_one(wor
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["4", "--workers", "1"], "session_consistency.py: error: argument --workers: '1' is not a whole number"),
+        (["1", "--workers", "4"], "stable_prefix_vs_timestamp.py: error: unrecognized arguments: --workers 4"),
+        (["--prompt-file", "x"], "stable_prefix_vs_timestamp.py: error: unrecognized arguments: --prompt-file x"),
+        (["3", "--prompt-file"], "manual_cache_boundary.py: error: argument --prompt-file: expected one argument"),
+    ],
+)
+def test_what_the_runner_does_not_know_the_lesson_takes_or_refuses_before_it_starts(
+    words: list[str], says: str
+) -> None:
+    done = run(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_what_is_handed_on_keeps_its_order_and_its_values() -> None:
+    args, numbers, handed_on = run_all_examples.parse(["4", "2", "4", "--workers", "4", "--deeper", "--price-input=2"])
+    assert (numbers, handed_on) == ([4, 2], ["--workers", "4", "--deeper", "--price-input=2"])
+    assert run_all_examples.parse(["--json", "x.json"])[1:] == ([1, 2, 3, 4], [])
+    assert args.recorded == []
+
+
+@pytest.mark.parametrize("script", ["run_all_examples.py", "setup_and_test.py"])
+def test_neither_the_runner_nor_the_set_up_imports_a_lesson(script: str) -> None:
+    names = {lesson.name for lesson in LESSONS.values()}
+    for node in ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8"))):
+        assert not (isinstance(node, ast.ImportFrom) and node.module in names)
+        assert not (isinstance(node, ast.Import) and names & {alias.name for alias in node.names})
 
 
 def test_a_speed_up_is_qualified_where_the_ranges_overlap() -> None:

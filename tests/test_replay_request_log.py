@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from models import write_llama
+from helpers.models import write_llama
 
 from going_further.replay_request_log import Comparer, Request, UsageError, describe, parse_line, plain, read_log
 from stable_prefix_vs_timestamp import CacheModel

@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from models import write_llama
+from helpers.models import write_llama
 
 from going_further import vllm_router_sessions as tool
 from session_consistency import EngineError, LessonError, UsageError

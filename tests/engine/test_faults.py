@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from models import write_llama
-from processes import left_behind, lesson_processes, shared_memory
+from helpers.models import write_llama
+from helpers.processes import left_behind, lesson_processes, shared_memory
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "stable_prefix_vs_timestamp.py"

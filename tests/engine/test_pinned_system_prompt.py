@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from models import write_llama
-from processes import left_behind
+from helpers.models import write_llama
+from helpers.processes import left_behind
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = ROOT / "built_in_model" / "cpu"

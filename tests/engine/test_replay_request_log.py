@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import write_llama
+from helpers.models import write_llama
 
 ROOT = Path(__file__).parent.parent.parent
 SYSTEM = {"role": "system", "content": "You are an agent. Use the tools. " * 60}

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import left_behind
+from helpers.processes import left_behind
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--prefix-tokens", "600", "--requests", "3"]

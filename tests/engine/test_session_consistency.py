@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from models import write_llama
-from processes import left_behind, lesson_processes
+from helpers.models import write_llama
+from helpers.processes import left_behind, lesson_processes
 
 SCRIPT = "session_consistency.py"
 ROOT = Path(__file__).parent.parent.parent

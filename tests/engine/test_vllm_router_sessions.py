@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from models import write_llama
-from processes import left_behind, lesson_processes
+from helpers.models import write_llama
+from helpers.processes import left_behind, lesson_processes
 
 from going_further.vllm_router_sessions import ending, free_ports, start, wait_until_healthy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from models import write_llama
+from helpers.models import write_llama
 
 SCRIPT = "manual_cache_boundary.py"
 

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from models import write_llama
+from helpers.models import write_llama
 
 SCRIPT = "stable_prefix_vs_timestamp.py"
 

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from models import write_llama
+from helpers.models import write_llama
 
 from stable_prefix_vs_timestamp import (
     QUESTIONS,

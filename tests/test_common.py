@@ -1,0 +1,54 @@
+"""The door between the tools and the lessons, and what the tools share besides."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+
+import pytest
+
+from going_further.common import Parser, json_path
+
+ROOT = Path(__file__).parent.parent
+LESSONS = {path.stem for path in ROOT.glob("*.py")}
+BEHIND_THE_DOOR = ("http_sessions", "is_it_sticky", "vllm_router_sessions")
+
+
+@pytest.mark.parametrize("name", BEHIND_THE_DOOR)
+def test_a_tool_imports_no_lesson_but_through_common(name: str) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "going_further" / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+        elif isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+    assert "going_further.common" in imported
+    assert not imported & LESSONS
+
+
+@pytest.mark.parametrize("words", [[""], ["--key="], ["--key", ""]])
+def test_an_empty_value_is_refused_and_nothing_is_repeated(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = Parser("", prog="tool")
+    parser.add_argument("--key")
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["secret", *words])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert "tool: error: there is an empty value among the arguments\n" in told
+    assert "secret" not in told
+
+
+def test_a_file_that_can_be_written_is_a_path_for_json_and_is_not_made(tmp_path: Path) -> None:
+    assert json_path(str(tmp_path / "out.json")) == tmp_path / "out.json"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [(".", "it is no regular file"), ("no/such/folder/out.json", "No such file or directory")]
+)
+def test_a_file_that_cannot_be_written_is_refused_with_the_reason(name: str, says: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"cannot write {name}: {says}"):
+        json_path(name)

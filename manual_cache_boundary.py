@@ -28,24 +28,26 @@ live, pinned on request. Its answers are compared with uncached ones.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import copy
 import dataclasses
 import hashlib
 import itertools
 import re
-import statistics
 import sys
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache
+
+# Run, Engine, Measurement and the small functions stand below: the instrument, and the plumbing, which can be skipped.
+
+# --- the lesson: a prompt split at a marker, sent to vLLM; then a store for an engine without prefix caching ---
 
 MARKER = "// __CACHE_END__"
 INSTRUCTIONS = """\
@@ -60,15 +62,14 @@ QUESTION = "When is my next book due, and can I keep it for another two weeks?"
 
 def default_prompt(tokens: int, count: Callable[[str], int]) -> str:
     """Return instructions and tools of about `tokens` tokens, as counted by `count`, the marker, and a question."""
-
-    def tools() -> Iterator[str]:
-        for version in itertools.count(1):
-            for noun, verb in itertools.product(NOUNS, VERBS):
-                yield f"{verb}_{noun}_v{version}(id: string, reader_id: string) -> object. Use it to {verb} a {noun}.\n"
-
-    text, lines = INSTRUCTIONS, tools()
+    text, tools = INSTRUCTIONS, 0
     while (missing := tokens - count(text)) > 0:
-        text += "".join(itertools.islice(lines, 1 + missing // 200))  # a tool is no 200 tokens
+        for _ in range(1 + missing // 200):  # a tool is no 200 tokens
+            verb, noun = VERBS[tools % len(VERBS)], NOUNS[tools // len(VERBS) % len(NOUNS)]
+            version = 1 + tools // (len(VERBS) * len(NOUNS))
+            does = f"Use it to {verb} a {noun}."
+            text += f"{verb}_{noun}_v{version}(id: string, reader_id: string) -> object. {does}\n"
+            tools += 1
     return f"{text}{MARKER}\n{QUESTION}"
 
 
@@ -90,10 +91,20 @@ def reader(n: int) -> str:
     return f"Reader R-{20000 + 131 * n}: member since {1990 + n % 30}, {n % 7} loans, fees {n % 10}.50."
 
 
+def place_inside(static: str) -> int:
+    """Return where the first sentence ends, or the middle of the text where that comes earlier."""
+    middle = len(static) // 2
+    space = static.rfind(" ", 0, middle)
+    if space >= 0:
+        middle = space + 1  # between two words
+    sentence = re.search(r"[.!?]\s", static)
+    return min(sentence.end(), middle) if sentence else middle
+
+
 def bad_messages(prompt: str, n: int) -> list[dict]:
-    """The reader's data stands inside the static part: after its first sentence, in its middle where that is long."""
+    """The reader's data stands inside the static part."""
     static, question = split_at_boundary(prompt)
-    place = min(re.search(r"[.!?]\s|$", static).end(), static.rfind(" ", 0, len(static) // 2) + 1 or len(static) // 2)
+    place = place_inside(static)
     inside = f"{static[:place]}{reader(n)}\n{static[place:]}"
     return [{"role": "system", "content": inside}, {"role": "user", "content": question}]
 
@@ -112,24 +123,98 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     run.print("[bold]On vLLM[/]: request 0 primes the prefix, for nobody")
     run.print_pair_head("dynamic data inside", "split at the marker")
     for n in range(run.args.requests):
-        row = {}
-        for arm in (LAYOUTS, reversed(LAYOUTS))[n % 2]:
-            row[arm] = await engine.ask(prompts[arm][n], "main", arm, n, salt=arm)
-        run.print_pair(n, **row)
-    bad, good = run.arm("main", "bad")[1:], run.arm("main", "good")[1:]
+        measured = {}
+        for arm in in_turn(LAYOUTS, n):
+            measured[arm] = await engine.ask(prompts[arm][n], "main", arm, n, salt=arm)
+        run.print_pair(n, measured["bad"], measured["good"])
+    bad, good = run.measured("main", "bad")[1:], run.measured("main", "good")[1:]
     run.print_comparison(bad, good)
 
-    inside = run.whole_blocks(max(itertools.starmap(common_prefix, itertools.combinations(prompts["bad"], 2))))
-    static = run.whole_blocks(min(common_prefix(prompts["good"][0], ids) for ids in prompts["good"][1:]))
-    run.claim("dynamic data inside loses all static text behind it", max(m.cached_tokens for m in bad) <= inside,
-              f"at most {max(m.cached_tokens for m in bad):,} tokens found, {inside:,} before the data")  # fmt: skip
-    run.claim("split at the marker, the first user finds the static part", good[0].cached_tokens >= static > inside,
-              f"{good[0].cached_tokens:,} of {static:,} tokens in whole blocks")  # fmt: skip
+    # What the prompts themselves allow: a cache finds whole blocks of what two prompts have in common from the top.
+    before_data = max(common_prefix(a, b) for a, b in itertools.combinations(prompts["bad"], 2))
+    before_data = run.model.whole_blocks(before_data)
+    static = run.model.whole_blocks(min(common_prefix(prompts["good"][0], ids) for ids in prompts["good"][1:]))
+    most_bad, first_good = max(m.cached_tokens for m in bad), good[0].cached_tokens
+    evidence = f"at most {most_bad:,} tokens found, {before_data:,} before the data"
+    run.claim("dynamic data inside loses all static text behind it", most_bad <= before_data, evidence)
+    first_user_hits = first_good >= static > before_data
+    evidence = f"{first_good:,} of {static:,} tokens in whole blocks"
+    run.claim("split at the marker, the first user finds the static part", first_user_hits, evidence)
     run.print_break("Two bad prompts", *prompts["bad"][:2])
     run.print(time_verdict(bad, good))
 
 
-# --- an engine without automatic prefix caching, and an explicit store for it ---
+async def lesson(run: Run) -> None:
+    """Split the prompt, start vLLM and send both layouts; then the same with transformers and a store."""
+    model, prompt = run.model, run.args.prompt_file
+    prompt = prompt or default_prompt(run.args.prefix_tokens, model.count)
+    prompts = {}
+    for arm, layout in LAYOUTS.items():
+        prompts[arm] = [model.encode(layout(prompt, n)) for n in range(run.args.requests)]
+    boundary = marked_tokens(model, prompt)
+    run.environment["prefix_tokens"] = run.args.prefix_tokens or boundary
+    if model.whole_blocks(boundary) <= model.whole_blocks(common_prefix(*prompts["bad"][:2])):
+        short = f"the prefix before {MARKER!r} has {boundary} tokens, too few to lose a block of {model.block_size}"
+        raise UsageError(f"{short}: write more before the marker, or choose a smaller --block-size")
+    primed = boundary_places(model, prompt, boundary) if run.args.deeper else {}
+    longest = max(map(len, [*prompts["bad"], *prompts["good"], *primed.values()]))
+    suffix = model.suffix(prompts["good"])  # what a hit leaves to compute
+    length = longest + OUTPUT_TOKENS
+    explicit = plan_explicit_engine(run, longest)
+
+    # An AsyncLLMEngine with these of vLLM's arguments. `ask` sends it token ids and SamplingParams(max_tokens=1), times
+    # the first token, and reads num_cached_tokens: what the cache has found.
+    with run.timed("engine_start", "Starting vLLM..."):
+        engine = run.start_engine(
+            enable_prefix_caching=not run.args.no_prefix_caching,
+            max_model_len=length,
+            max_num_batched_tokens=length,  # a prompt is computed in one step
+            kv_cache_memory_bytes=model.kv_bytes(8, length),  # room for eight: what one request leaves, the next finds
+            graph_tokens=suffix,  # on a GPU: steps as short as a hit's are replayed as one CUDA graph
+        )
+    await run.warm_up(longest, suffix)
+    with run.timed("measuring"):
+        await pair(run, engine, prompts)
+        await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
+    run.end_engine(engine)  # its cores and memory are needed now
+    with run.timed("measuring"):
+        explicit.load(max(map(len, prompts["good"])))
+        explicit_store(run, explicit, prompts["good"], boundary)
+        if primed:
+            boundaries_in_store(run, explicit, primed, prompts["good"][1])
+
+
+def marked_tokens(model: Model, prompt: str) -> int:
+    """Return how many tokens stand before the marker, up to the last one that what follows leaves as it is."""
+    text = model.render(good_messages(prompt, 0))
+    return common_prefix(model.tokens(text[: text.index(reader(0))]), model.tokens(text))
+
+
+def read_prompt(path: str) -> str:
+    """Return the user's prompt; argparse.ArgumentTypeError where there is none, or it has no boundary."""
+    try:
+        prompt = Path(path).read_text(encoding="utf-8")
+        split_at_boundary(prompt)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # no UTF-8, or no boundary
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
+    return prompt
+
+
+def main() -> int:
+    parser = lesson_parser(__doc__, requests=6)
+    text = f"a prompt of your own, with one {MARKER} in it"
+    parser.add_argument("--prompt-file", metavar="FILE", type=read_prompt, help=text)
+    args = parse(parser)
+    if args.prompt_file and args.prefix_tokens is not None:
+        parser.error("--prompt-file brings a prompt of its own length: leave --prefix-tokens out")
+    if args.prompt_file:
+        args.prefix_tokens = 0
+    return run_lesson(args, lesson)
+
+
+# --- the lesson, second part: an engine without automatic prefix caching, and an explicit store for it ---
 
 
 @dataclasses.dataclass
@@ -172,25 +257,29 @@ class PrefixStore:
 
     def put(self, ids: list[int], kv: DynamicCache, pinned: bool = False) -> None:
         """Keep a copy of `kv`, the KV of exactly `ids`; a pinned entry stays pinned. Raises ValueError, or NoRoom."""
-        size = kv_nbytes(kv)
+        key, size = self.key(ids), kv_nbytes(kv)
         if kv.get_seq_length() != len(ids):
             raise ValueError(f"KV of {kv.get_seq_length()} tokens does not belong to {len(ids)} token ids")
         if size > self.max_bytes:
             raise NoRoom(f"an entry of {size:,} bytes is larger than the budget of {self.max_bytes:,}")
         self.expire()
-        key = self.key(ids)
-        replaced = self.entries.get(key)
-        was_pinned = replaced is not None and replaced.pinned
-        held, pinned = self.nbytes(pinned_only=True) - (replaced.nbytes if was_pinned else 0), pinned or was_pinned
-        if held + size > self.max_bytes or (pinned and held + size == self.max_bytes):
+        earlier = self.entries.get(key)
+        pinned = pinned or (earlier is not None and earlier.pinned)
+        held = sum(entry.nbytes for other, entry in self.entries.items() if entry.pinned and other != key)
+        room = self.max_bytes - held
+        if size > room or (pinned and size == room):  # pins never fill the store: nothing else could be kept then
             raise NoRoom(f"pinned entries hold {held:,} of {self.max_bytes:,} bytes: no room beside {size:,} more")
         self.entries.pop(key, None)
-        for oldest in [k for k, entry in self.entries.items() if not entry.pinned]:
-            if self.nbytes() + size <= self.max_bytes:
-                break
-            del self.entries[oldest]
-            self.evictions += 1
+        self.make_room(size)
         self.entries[key] = Entry(len(ids), copy.deepcopy(kv), size, self.clock(), pinned)
+
+    def make_room(self, size: int) -> None:
+        """Evict the least recently used entries, never a pinned one, until `size` more bytes fit."""
+        for key in [key for key, entry in self.entries.items() if not entry.pinned]:
+            if self.nbytes() + size <= self.max_bytes:
+                return
+            del self.entries[key]
+            self.evictions += 1
 
     def get(self, ids: list[int]) -> tuple[int, DynamicCache | None]:
         """Return the length of the longest stored prefix that leaves a token to compute, and a copy of its KV."""
@@ -286,8 +375,18 @@ class ExplicitEngine:
         return cached, (time.perf_counter() - start) * 1000, logits
 
 
-def record(run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, ms: float) -> None:
-    run.elsewhere.append(Measurement(experiment, arm, n, None, None, len(ids), cached, predicted, ms, None))
+def plan_explicit_engine(run: Run, longest: int) -> ExplicitEngine:
+    """Find out whether transformers can run the model here, before anything is started; LessonError where not."""
+    import psutil  # comes with vLLM
+
+    model = run.model
+    kv_bytes = 4 * longest * model.kv_bytes_per_token // model.dtype.itemsize  # in float32
+    # In float32 a GPU computes some ten times slower: a shape for an eighth of it takes about as long as vLLM's.
+    name = model.name if run.args.model else built_in_model(model.gpu_memory // 8)
+    run.environment["transformers_model"] = "/".join(Path(name).parts[-2:])
+    if model.on_gpu:
+        return ExplicitEngine(name, "cuda", model.gpu_memory, kv_bytes)
+    return ExplicitEngine(name, "cpu", psutil.virtual_memory().available, kv_bytes)
 
 
 def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]], boundary: int) -> None:
@@ -297,59 +396,91 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
         run.print(f"with {run.environment['transformers_model']}", markup=False)
     run.print_pair_head("everything is prefilled", "PrefixStore, marked prefix")
     store = PrefixStore(explicit.store_bytes, ttl_s=300, clock=time.monotonic)
-    differences, equal, rows = [], 0, {"bad": [], "good": []}
+    largest, equal = 0.0, 0
     for n, ids in enumerate(prompts):
         logits = {}
-        for arm in (rows, reversed(rows))[n % 2]:
+        for arm in in_turn(("bad", "good"), n):
             cached, ms, logits[arm] = explicit.ask(ids, [boundary], store if arm == "good" else None)
             predicted = boundary if arm == "good" and n > 0 else 0
             record(run, "explicit_store", arm, n, ids, cached, predicted, ms)
-            rows[arm] = run.arm("explicit_store", arm)
-        run.print_pair(n, rows["bad"][-1], rows["good"][-1])
-        differences.append(float((logits["good"] - logits["bad"]).abs().max()))
+        bad, good = run.measured("explicit_store", "bad"), run.measured("explicit_store", "good")
+        run.print_pair(n, bad[-1], good[-1])
+        largest = max(largest, apart(logits["good"], logits["bad"]))
         equal += int(logits["good"].argmax() == logits["bad"].argmax())
     counts = f"{store.hits} hits, {store.misses} misses, {store.evictions} evictions"
     run.print(f"store: {counts}, {store.nbytes() / 1e6:.1f} MB held")
+
     _, spoilt = store.get(prompts[-1])
     for layer in spoilt.layers:
         layer.values.mul_(-1)
-    control = float((explicit.prefill(prompts[-1], spoilt)[1] - logits["bad"]).abs().max())
-
-    apart = f"cached and uncached {max(differences):.0e} apart"
-    run.print(f"first-token logits: {apart}; with corrupted KV {control:.1f}")
-    run.print(time_verdict(rows["bad"][1:], rows["good"][1:]))
-    run.claim("logits from stored KV are those of a full prefill", max(differences) <= explicit.tolerance,
-              f"{max(differences):.1e} apart at most, tolerance {explicit.tolerance:.0e} in float32")  # fmt: skip
+    control = apart(explicit.prefill(prompts[-1], spoilt)[1], logits["bad"])
+    run.print(f"first-token logits: cached and uncached {largest:.0e} apart; with corrupted KV {control:.1f}")
+    run.print(time_verdict(bad[1:], good[1:]))
+    evidence = f"{largest:.1e} apart at most, tolerance {explicit.tolerance:.0e} in float32"
+    run.claim("logits from stored KV are those of a full prefill", largest <= explicit.tolerance, evidence)
     run.claim("the next token is the same", equal == len(prompts), f"{equal} of {len(prompts)} requests")
     run.claim("corrupted KV does change the logits", control > explicit.tolerance, f"{control:.1e} apart")
 
 
-# --- the further experiments: --deeper ---
+def apart(logits: Tensor, others: Tensor) -> float:
+    return float((logits - others).abs().max())
 
+
+def record(run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, ms: float) -> None:
+    run.measurements.append(Measurement(experiment, arm, n, None, None, len(ids), cached, predicted, ms))
+
+
+# --- the lesson, --deeper: further experiments ---
 
 SAMPLES = 5
+BECAUSE = {
+    "right": "all that is static",
+    "too early": "the rest is left out",
+    "too late": "nobody's data is in",
+    "inside a token": "other tokens there",
+}
 
 
-def boundary_places(run: Run, prompt: str) -> dict[str, list[int]]:
+def half_way(model: Model, static: str, boundary: int) -> str:
+    """Return the beginning of a text that has half of `boundary` tokens at most, cut between words where it can be."""
+    short, long = 0, len(static)  # in characters: the first is not too long, the second is
+    while long - short > 1:
+        middle = (short + long) // 2
+        if model.count(static[:middle]) <= boundary // 2:
+            short = middle
+        else:
+            long = middle
+    word = max(static.rfind(" ", 0, short), static.rfind("\n", 0, short) + 1)
+    return static[:word] if word > 0 else static[:short]
+
+
+def inside_a_token(model: Model, static: str, whole: list[int], boundary: int) -> list[int] | None:
+    """Return the tokens of a beginning of `static` that ends a block in the middle of a word, None where none does.
+
+    Cut there, the text ends with another token than the whole text has in this place.
+    """
+    block_ends = range(model.whole_blocks(boundary), 0, -model.block_size)
+    for block_end in block_ends[:40]:
+        about = len(model.tokenizer.decode(whole[:block_end]))
+        for place in range(max(1, about - 12), min(about + 12, len(static))):
+            ids = model.tokens(static[:place])
+            in_a_word = static[place - 1 : place + 1].isalpha()
+            if in_a_word and len(ids) == block_end and ids != whole[:block_end]:
+                return ids
+    return None
+
+
+def boundary_places(model: Model, prompt: str, boundary: int) -> dict[str, list[int]]:
     """Return what is primed, as token ids, with the boundary where it belongs and where it does not."""
-    text, whole = run.render(good_messages(prompt, 0)), run.encode(good_messages(prompt, 0))
-    end = text.index(reader(0))
-    right = run.tokens(text[:end])
-    right = right[: common_prefix(right, whole)]  # what follows may change the last token
-    # half of the tokens, so that it is a block less at least; part of a prompt's tokens may be no text
-    half = bisect.bisect_right(range(end), len(right) // 2, key=lambda place: run.count(text[:place])) - 1
-    early = max(text.rfind(" ", 0, half), text.rfind("\n", 0, half) + 1)
-    places = {"too early": early if early > 0 else half, "too late": end + len(reader(0))}
-    primed = {"right": right} | {name: run.tokens(text[:place]) for name, place in places.items()}
-    block_ends = range(run.whole_blocks(len(primed["right"])), 0, -run.block_size)
-    for block_end in block_ends[:40]:  # a text without letters has no such place
-        about = len(run.tokenizer.decode(whole[:block_end]))
-        for place in range(max(1, about - 12), min(about + 12, end)):
-            # glued to a word: the text before the marker ends with another token than the whole text has there
-            ids = run.tokens(text[:place])
-            if text[place - 1 : place + 1].isalpha() and len(ids) == block_end and ids != whole[:block_end]:
-                return primed | {"inside a token": ids}
-    return primed
+    text, whole = model.render(good_messages(prompt, 0)), model.encode(good_messages(prompt, 0))
+    static = text[: text.index(reader(0))]
+    primed = {
+        "right": whole[:boundary],
+        "too early": model.tokens(half_way(model, static, boundary)),
+        "too late": model.tokens(static + reader(0)),
+    }
+    inside = inside_a_token(model, static, whole, boundary)
+    return primed | ({"inside a token": inside} if inside else {})  # a text without letters has no such place
 
 
 async def boundaries_on_vllm(run: Run, engine: Engine, primed: dict[str, list[int]], whole: list[int]) -> None:
@@ -362,14 +493,10 @@ async def boundaries_on_vllm(run: Run, engine: Engine, primed: dict[str, list[in
 
 def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, list[int]], whole: list[int]) -> None:
     """The same with the store, which knows no prefix but those that were marked; then the table of both."""
-    why = {
-        "right": "all that is static",
-        "too early": "the rest is left out",
-        "too late": "nobody's data is in",
-        "inside a token": "other tokens there",
-    }
+    row = "{:<16}{:>7}{:>7}{:>10}{:>8}{:>10}  {}"
     run.print("\n[bold]Where the boundary stands[/]: what the first user finds, on vLLM and in the store")
-    run.print(f"{'boundary':<16}{'primed':>7}{'vLLM':>7}{'TTFT':>10}{'store':>8}{'TTFT':>10}  because")
+    run.print(row.format("boundary", "primed", "vLLM", "TTFT", "store", "TTFT", "because"))
+    on_vllm, in_store = {}, {}
     for name, ids in primed.items():
         exact = len(ids) if whole[: len(ids)] == ids else 0
         for n in range(SAMPLES):
@@ -377,142 +504,43 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
             store.put(ids, explicit.prefill(ids)[0])
             cached, ms, _ = explicit.ask(whole, [], store)
             record(run, "boundary_store", name, n, whole, cached, exact, ms)
-        arms = run.arm("boundary", name), run.arm("boundary_store", name)
-        times = (milliseconds(statistics.median(m.ttft_ms for m in arm)) for arm in arms)
-        cells = (f"{arm[0].cached_tokens:>7,}{ttft:>10}" for arm, ttft in zip(arms, times, strict=True))
-        run.print(f"{name:<16}{len(ids):>7,}{' '.join(cells)}  {why[name]}")
-    found = {name: run.arm("boundary", name)[0].cached_tokens for name in primed}
-    early = f"{found['too early']:,} of {found['right']:,} tokens"
-    run.claim("a boundary too early leaves less to find", found["too early"] < found["right"], early)
-    late = run.arm("boundary_store", "too late")[0].cached_tokens
-    run.claim("a boundary too late: nothing in the store, on vLLM all that is static",
-              late == 0 and found["too late"] >= found["right"], f"{late:,}, {found['too late']:,} tokens")  # fmt: skip
+        cells = [name, f"{len(ids):,}"]
+        for experiment, found in (("boundary", on_vllm), ("boundary_store", in_store)):
+            measured = run.measured(experiment, name)
+            found[name] = measured[0].cached_tokens
+            cells += [f"{found[name]:,}", milliseconds(median_ms(measured))]
+        run.print(row.format(*cells, BECAUSE[name]))
+
+    right, early, late = on_vllm["right"], on_vllm["too early"], on_vllm["too late"]
+    run.claim("a boundary too early leaves less to find", early < right, f"{early:,} of {right:,} tokens")
+    nothing_stored = in_store["too late"] == 0 and late >= right
+    evidence = f"{in_store['too late']:,}, {late:,} tokens"
+    run.claim("a boundary too late: nothing in the store, on vLLM all that is static", nothing_stored, evidence)
     if "inside a token" in primed:
-        lost = len(primed["inside a token"]) - found["inside a token"]
-        run.claim("a boundary inside a token loses a block", lost >= run.block_size, f"{lost} tokens")
+        lost = len(primed["inside a token"]) - on_vllm["inside a token"]
+        run.claim("a boundary inside a token loses a block", lost >= run.model.block_size, f"{lost} tokens")
 
 
-async def lesson(run: Run) -> None:
-    prompt = read_prompt(run.args)
-    run.load_model()
-    import psutil  # comes with vLLM
+# --- the instrument: how it is measured; the same in all four lessons ---
 
-    prompt = prompt or default_prompt(run.args.prefix_tokens, run.count)
-    numbers = range(run.args.requests)
-    prompts = {arm: [run.encode(layout(prompt, n)) for n in numbers] for arm, layout in LAYOUTS.items()}
-    boundary = marked_tokens(run, prompt)
-    run.environment["prefix_tokens"] = run.args.prefix_tokens or boundary
-    if run.whole_blocks(boundary) <= run.whole_blocks(common_prefix(*prompts["bad"][:2])):
-        short = f"the prefix before {MARKER!r} has {boundary} tokens, too few to lose a block of {run.block_size}"
-        raise UsageError(f"{short}: write more before the marker, or choose a smaller --block-size")
-    primed = boundary_places(run, prompt) if run.args.deeper else {}
-    longest = max(map(len, itertools.chain(*prompts.values(), primed.values())))
-    kv_bytes = longest * run.kv_bytes_per_token // run.dtype_bytes * 4  # in float32
-    device, memory = ("cuda", run.gpu_memory) if run.on_gpu else ("cpu", psutil.virtual_memory().available)
-    # In float32 a GPU computes some ten times slower: a shape for an eighth of it takes about as long as vLLM's.
-    model = run.engine_args.keywords["model"] if run.args.model else str(run.built_in(share=8))
-    run.environment["transformers_model"] = "/".join(Path(model).parts[-2:])
-    explicit = ExplicitEngine(model, device, memory, kv_bytes)
-    engine = await run.open_engine(longest, run.suffix(prompts["good"]))
-    with run.timed("measuring"):
-        await pair(run, engine, prompts)
-        await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
-    engine.end()  # its cores and memory are needed now
-    with run.timed("measuring"):
-        explicit.load(max(map(len, prompts["good"])))
-        explicit_store(run, explicit, prompts["good"], boundary)
-        if primed:
-            boundaries_in_store(run, explicit, primed, prompts["good"][1])
-
-
-def marked_tokens(run: Run, prompt: str) -> int:
-    """Return how many tokens stand before the marker, up to the last one that what follows leaves as it is."""
-    text = run.render(good_messages(prompt, 0))
-    return common_prefix(run.tokens(text[: text.index(reader(0))]), run.tokens(text))
-
-
-def read_prompt(args: argparse.Namespace) -> str | None:
-    """Return the user's prompt, None where there is none; UsageError where it has no boundary."""
-    if args.prompt_file is None:
-        return None
-    if args.prefix_tokens is not None:
-        raise UsageError("--prompt-file brings a prompt of its own length: leave --prefix-tokens out")
-    args.prefix_tokens = 0
-    try:
-        prompt = Path(args.prompt_file).read_text(encoding="utf-8")
-        split_at_boundary(prompt)
-    except OSError as error:
-        raise UsageError(f"cannot read {args.prompt_file}: {error.strerror}") from error
-    except ValueError as error:  # no UTF-8, or no boundary
-        raise UsageError(f"{args.prompt_file}: {error}") from error
-    return prompt
-
-
-def main() -> int:
-    parser = lesson_parser(__doc__, requests=6)
-    parser.add_argument("--prompt-file", metavar="FILE", help=f"a prompt of your own, with one {MARKER} in it")
-    return run_lesson(parser.parse_args(), lesson)
-
-
-# --- measuring block: the same in all four lessons; tests/test_measuring_block.py holds the copies equal ---
-
-import argparse
-import asyncio
-import contextlib
-import ctypes
 import dataclasses
-import datetime
-import errno
-import fcntl
-import functools
-import gc
-import hashlib
-import importlib.util
 import itertools
-import json
-import math
-import multiprocessing
-import os
-import platform
-import re
-import shutil
-import signal
 import statistics
-import sys
-import tempfile
 import time
-import traceback
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
-from typing import TextIO
+from collections.abc import Iterable, Iterator
 
-HERE = Path(__file__).resolve().parent
 OUTPUT_TOKENS = 64  # the most that a lesson lets a request generate
-SEQUENCES = 16  # the most that an engine computes at once
-GRAPH_TOKENS = 2048  # the longest step that is captured as a CUDA graph: each size takes memory and time
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
-
-
-class LessonError(Exception):
-    """A foreseeable fault, told in one line that says what to do; `status` is 2 for wrong usage."""
-
-    status = 1
-
-
-class UsageError(LessonError):
-    status = 2
-
-
-class EngineError(LessonError):
-    """vLLM failed; the root cause is in its log."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One request. `predicted_cached_tokens` is None only over HTTP, `ttft_ms` only where `error` says why."""
+    """One request: what was sent, what was predicted, what vLLM reported, and what the client's clock showed.
+
+    TTFT is the time from the call to the first streamed output. It has three parts: `client_ms` (tokens in, hashed by
+    block, and out), `waiting_ms` (queued until scheduled), and `step_ms` (the blocks found, and one forward pass). The
+    last two are vLLM's own time stamps.
+    """
 
     experiment: str
     arm: str
@@ -520,26 +548,19 @@ class Measurement:
     worker: int | None
     session: str | None
     prompt_tokens: int
-    cached_tokens: int
-    predicted_cached_tokens: int | None
-    ttft_ms: float | None  # the client's clock, from the call to the first streamed output
-    error: str | None
-    engine_ttft_ms: float | None = None  # the engine's part of it, from queueing to the first token: the two below
-    waiting_ms: float | None = None  # queued until scheduled
-    step_ms: float | None = None  # scheduled until the first token: finding the blocks, and the forward pass
-    client_ms: float | None = None  # the rest: tokens in, hashed by block, and out; a busy engine first ends its step
-    tpot_ms: float | None = None  # decode only: first token to last, per token
+    cached_tokens: int  # vLLM's num_cached_tokens
+    predicted_cached_tokens: int
+    ttft_ms: float
+    error: None = None  # a request over HTTP may have one; one that fails here ends the lesson
+    engine_ttft_ms: float | None = None
+    waiting_ms: float | None = None
+    step_ms: float | None = None
+    client_ms: float | None = None
+    tpot_ms: float | None = None  # decoding: first token to last, per token
 
     @property
     def computed_tokens(self) -> int:
         return self.prompt_tokens - self.cached_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    claim: str
-    holds: bool
-    evidence: str
 
 
 class CacheModel:
@@ -580,54 +601,35 @@ class CacheCounters:
     log_engine_initialized = record_sleep_state = log
 
 
-class WorkerExtension:
-    """What vLLM's worker is asked beyond its own methods: it alone knows what its attention backend takes."""
-
-    def execution(self) -> str:
-        """Say how prefill steps run: kernels replayed as one CUDA graph, or launched one by one."""
-        return "CUDA graphs" if str(self.vllm_config.compilation_config.cudagraph_mode) == "FULL" else "eager"
-
-
 class Engine:
-    """A running vLLM engine with the cache model beside it: prompts go in as token ids, measurements come out."""
+    """vLLM's AsyncLLMEngine with the cache model beside it: token ids go in, measurements come out."""
 
-    def __init__(self, vllm_engine, counters: CacheCounters, worker: int | None) -> None:
+    def __init__(self, vllm_engine, counters: CacheCounters, all_measured: list[Measurement], worker: int | None):
         cache = vllm_engine.vllm_config.cache_config
-        self.vllm_engine, self.counters, self.worker = vllm_engine, counters, worker
+        self.vllm_engine, self.counters, self.all_measured, self.worker = vllm_engine, counters, all_measured, worker
         self.block_size: int = cache.block_size
         self.kv_cache_tokens: int = cache.num_gpu_blocks * cache.block_size
         self.cache_model = CacheModel(self.block_size)
-        self.measurements: list[Measurement] = []
-        self.output_ids: list[int] = []  # what the latest request generated
-        self.execution = "eager"  # "CUDA graphs", where the worker says so
+        self.prompt_tokens = self.cached_tokens = 0  # of all requests, to be held against vLLM's counters
+        self.output = None  # vLLM's RequestOutput of the latest request
 
     async def ask(
-        self,
-        ids: list[int],
-        experiment: str,
-        arm: str,
-        request: int,
-        *,
-        session: str | None = None,
-        salt: str | None = None,
-        max_tokens: int = 1,
-        sample_from: list[int] | None = None,
-    ) -> Measurement:
-        """Predict, send one prompt, read its stream to the end, record both.
+        self, ids: list[int], experiment: str, arm: str, request: int, *, session: str | None = None,
+        salt: str | None = None, **sampling: object,
+    ) -> Measurement:  # fmt: skip
+        """Predict, send one prompt, read its stream to the end, and return both.
 
-        A `salt` keeps equal prompts of different arms apart in the cache. `sample_from` asks for tokens that are drawn
-        from these, from a fixed seed, instead of the likeliest ones.
-        """  # fmt: skip
+        A `salt` keeps equal prompts of different arms apart in the cache. `sampling` are fields of vLLM's
+        SamplingParams beside these: one token, the likeliest, not made into text, which nobody reads here.
+        """
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         predicted, first, output = self.cache_model.cached_tokens(ids, salt), None, None
-        prompt = tokens_input(ids, cache_salt=salt)
-        drawn = dict(temperature=1.0, seed=1, allowed_token_ids=sample_from) if sample_from else dict(temperature=0.0)
-        # Nobody reads the text: to make it would be counted as time to first token.
-        params = SamplingParams(**drawn, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
+        defaults = dict(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+        prompt, params = tokens_input(ids, cache_salt=salt), SamplingParams(**defaults | sampling)
+        sent = time.perf_counter()
         try:
             async for output in self.vllm_engine.generate(prompt, params, str(uuid.uuid4())):  # noqa: B007, read below
                 first = first or time.perf_counter()
@@ -635,22 +637,24 @@ class Engine:
             raise EngineError("the engine died") from error
         if first is None or output is None:
             raise EngineError(f"{experiment}, {arm}, request {request}: the stream ended without a token")
-        self.output_ids = list(output.outputs[0].token_ids)
-        self.cache_model.store(ids + self.output_ids[:-1], salt)  # nothing followed the last token, so it has no KV yet
-        stats, decoded = output.metrics, len(self.output_ids) - 1
-        ttft, engine_ttft = first - start, stats.first_token_ts - stats.queued_ts
-        measurement = Measurement(
-            experiment, arm, request, self.worker, session, len(ids), output.num_cached_tokens, predicted,
-            ttft_ms=ttft * 1000,
-            error=None,
-            engine_ttft_ms=engine_ttft * 1000,
-            waiting_ms=(stats.scheduled_ts - stats.queued_ts) * 1000,
-            step_ms=(stats.first_token_ts - stats.scheduled_ts) * 1000,
-            client_ms=(ttft - engine_ttft) * 1000,
-            tpot_ms=(stats.last_token_ts - stats.first_token_ts) * 1000 / decoded if decoded else None,
-        )  # fmt: skip
-        self.measurements.append(measurement)
-        return measurement
+        self.output, written = output, output.outputs[0].token_ids
+        self.cache_model.store([*ids, *written[:-1]], salt)  # nothing followed the last token, so it has no KV yet
+        self.prompt_tokens += len(ids)
+        self.cached_tokens += output.num_cached_tokens
+        stats, ttft = output.metrics, first - sent
+        engine_ttft, decoding = stats.first_token_ts - stats.queued_ts, stats.last_token_ts - stats.first_token_ts
+        self.all_measured.append(
+            Measurement(
+                *(experiment, arm, request, self.worker, session, len(ids), output.num_cached_tokens, predicted),
+                ttft_ms=ttft * 1000,
+                engine_ttft_ms=engine_ttft * 1000,
+                waiting_ms=(stats.scheduled_ts - stats.queued_ts) * 1000,
+                step_ms=(stats.first_token_ts - stats.scheduled_ts) * 1000,
+                client_ms=(ttft - engine_ttft) * 1000,
+                tpot_ms=decoding * 1000 / (len(written) - 1) if len(written) > 1 else None,
+            )
+        )
+        return self.all_measured[-1]
 
     async def reset(self) -> None:
         """Empty the prefix cache, and the model of it."""
@@ -668,129 +672,123 @@ class Engine:
             ids = [6] * (length - suffix) + [6 + len(times)] * suffix
             times.append((await self.ask(ids, "warm_up", "decoy", len(times))).ttft_ms)
         await self.reset()
-        [self.execution] = await self.vllm_engine.collective_rpc("execution")
-
-    def end(self) -> None:
-        """End vLLM's processes at once, which have nothing left to save, and wait until their memory is free."""
-        processes = self.vllm_engine.engine_core.resources.engine_manager.processes
-        self.vllm_engine.shutdown(timeout=0)
-        for process in processes:
-            process.join()
 
 
-class Run:
-    """One run of a lesson: its arguments, model and engines, and all that it prints and writes."""
+def in_turn(arms: Iterable, n: int) -> list:
+    """Return the arms in the order of round n: bad good, good bad, ..., so that a drifting machine favours neither."""
+    return list(arms) if n % 2 == 0 else list(arms)[::-1]
 
-    def __init__(self, args: argparse.Namespace, terminal: TextIO) -> None:
-        from rich.console import Console
 
-        self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
-        # A row is a row: one of more than 80 columns is seen as such by the tests, not broken into two.
-        self.print = functools.partial(self.console.print, soft_wrap=True)
-        self.engines: list[Engine] = []
-        self.elsewhere: list[Measurement] = []  # measured on something that is no vLLM engine
-        self.claims: list[Claim] = []
-        self.more: dict = {}  # further keys of the JSON
-        self.seconds = dict.fromkeys(("imports", "engine_start", "warm_up", "measuring"), 0.0)
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Return how many leading tokens two prompts share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-    @property
-    def measurements(self) -> list[Measurement]:
-        return [measurement for engine in self.engines for measurement in engine.measurements] + self.elsewhere
 
-    def arm(self, experiment: str, arm: str) -> list[Measurement]:
-        return [m for m in self.measurements if (m.experiment, m.arm) == (experiment, arm)]
+def hit_rate(measured: list[Measurement]) -> float:
+    return sum(m.cached_tokens for m in measured) / sum(m.prompt_tokens for m in measured)
 
-    def claim(self, claim: str, holds: bool, evidence: str) -> None:
-        self.claims.append(Claim(claim, holds, evidence))
 
-    @contextlib.contextmanager
-    def timed(self, what: str, label: str = "") -> Iterator[None]:
-        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
-        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+def median_ms(measured: list[Measurement], what: str = "ttft_ms") -> float:
+    return statistics.median(getattr(m, what) for m in measured)
 
-        start, shown = time.perf_counter(), bool(label) and self.console.is_terminal
-        columns = SpinnerColumn(), label, TimeElapsedColumn()
-        with Progress(*columns, console=self.console, transient=True, disable=not shown) as progress:
-            progress.add_task(label)
-            yield
-        self.seconds[what] += time.perf_counter() - start
 
-    def built_in(self, share: int = 1) -> Path:
-        """Return the built-in model for this device: on a GPU the largest shape that fits into one `share`-th of it."""
-        return HERE / "built_in_model" / (built_in_shape(self.gpu_memory // share) if self.on_gpu else "cpu")
+def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = True) -> str:
+    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart.
 
-    def load_model(self, engines: int = 1) -> None:
-        """Find the model, its tokenizer and its limits for so many engines on one GPU; none is started yet."""
-        args, built_in = self.args, HERE / "built_in_model"
-        if args.model is None and not built_in.is_dir():
-            raise LessonError("the built-in model is not beside this script: give --model a folder or a hub name")
-        name = args.model and find_model(args.model)
-        with self.timed("imports", "Importing vLLM..."):
-            gc.disable()  # imports leave no garbage; to look for it takes a quarter of their time
-            import torch
-            import transformers
-            import vllm
-            from vllm import AsyncEngineArgs, AsyncLLMEngine  # noqa: F401, the engine is imported here, too
-            from vllm.platforms import current_platform
+    The bound is what computing fewer tokens can give at most. Requests that are not `alone` also wait, so have none.
+    """
+    slow, fast = median_ms(bad), median_ms(good)
+    change = f"{milliseconds(slow)} to {milliseconds(fast)}"
+    if slow <= fast:
+        return f"TTFT did not improve ({change}): nothing gained at this prompt length."
+    if min(m.ttft_ms for m in bad) <= max(m.ttft_ms for m in good):
+        return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
+    bound = sum(m.computed_tokens for m in bad) / sum(m.computed_tokens for m in good)
+    most = f" of at most {bound:.0f}x (tokens computed)" if alone else ""
+    return f"TTFT fell from {change}: {slow / fast:.1f}x{most}."
 
-            gc.freeze(), gc.enable()
+
+# --- the plumbing: skip this; the same in all four lessons ---
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import gc
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from io import TextIOWrapper
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+GRAPH_TOKENS = 2048  # the longest step that is captured as a CUDA graph: each size takes memory and time
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
+
+
+class LessonError(Exception):
+    """A foreseeable fault, told in one line that says what to do; `status` is 2 for wrong usage."""
+
+    status = 1
+
+
+class UsageError(LessonError):
+    status = 2
+
+
+class EngineError(LessonError):
+    """vLLM failed; the root cause is in its log."""
+
+
+class Model:
+    """What is known of a model, and of the machine, before an engine is started. Nothing of it changes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import transformers
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+
         if not current_platform.device_type:
             raise LessonError("this vLLM was built for a GPU that does not answer: run `python3 setup_and_test.py`")
         self.on_gpu: bool = not current_platform.is_cpu()
-        self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # of one, in bytes
-        device = current_platform.get_device_name() if self.on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
-        name = name or find_model(str(self.built_in(engines)))
-        if args.prefix_tokens is None:
-            args.prefix_tokens = 8000 if self.on_gpu else 4000
-        path = Path(name)
-        real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
+        self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # bytes, of one GPU
+        self.name = find_model(args.model) if args.model else built_in_model(self.gpu_memory // args.workers)
+        folder = Path(self.name)
+        self.label = "/".join(folder.parts[-2:]) if args.model is None or Path(args.model).is_dir() else args.model
+        self.has_weights = not folder.is_dir() or any(list(folder.glob(kind)) for kind in WEIGHT_FILES)
         # Blocks of 32 on a GPU: of 16 twice as many are hashed, of 128 a hit computes a hundred tokens more. "uni": the
-        # model runs in the engine's own process. The utilization is but a check at the start once the size of the cache
-        # is given; 0.1 keeps it out of the way on a shared GPU. No hybrid manager: beside layers of full attention it
-        # would drop what sliding windows have left, a cache of other rules.
-        self.engine_args = functools.partial(
-            AsyncEngineArgs, model=name, load_format="auto" if real else "dummy",
-            enable_prefix_caching=not args.no_prefix_caching, max_num_seqs=SEQUENCES,
+        # model runs in the engine's process. The size of the cache is given, so the utilization is but a check at the
+        # start. No hybrid manager: it would drop what sliding windows have left, a cache of other rules.
+        self.engine_args = dict(
+            model=self.name, load_format="auto" if self.has_weights else "dummy", max_num_seqs=16,
             block_size=args.block_size or (32 if self.on_gpu else None), distributed_executor_backend="uni",
             gpu_memory_utilization=0.1, disable_hybrid_kv_cache_manager=True,
             worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )  # fmt: skip
-        self.takes_graphs: bool = current_platform.is_cuda_alike()
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
-            config = self.engine_args(enforce_eager=True).create_engine_config()
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, mistral_format=False)
+            config = AsyncEngineArgs(**self.engine_args, enforce_eager=True).create_engine_config()
         except (OSError, ValueError) as error:
-            raise LessonError(f"vLLM cannot use the model in {name}: {telling_line(error)}") from error
+            raise LessonError(f"vLLM cannot use the model in {self.name}: {telling_line(error)}") from error
         shape, parallel = config.model_config, config.parallel_config
         if shape.is_hybrid or shape.is_attention_free:
-            raise LessonError(f"{name} is not a full-attention model; its cache hits cannot be predicted here")
-        kinds = shape.hf_text_config.to_dict().get("layer_types") or ()
-        self.window: int | None = None if "full_attention" in kinds else shape.get_sliding_window()
-        heads, layers = shape.get_num_kv_heads(parallel), shape.get_num_layers(parallel)
-        self.dtype_bytes: int = shape.dtype.itemsize
-        self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
-        self.vocabulary: int = shape.get_vocab_size()
-        self.max_model_len, self.block_size = shape.max_model_len, config.cache_config.block_size
-        if 0 < args.prefix_tokens < 2 * self.block_size:
-            raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * self.block_size} tokens here")
-        self.check_length(args.prefix_tokens)
-        self.environment = {
-            "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "device": device,
-            "model": args.model if args.model and not Path(args.model).is_dir() else f"{path.parent.name}/{path.name}",
-            "weights": "real" if real else "random", "dtype": str(shape.dtype).removeprefix("torch."),
-            "block_size": self.block_size, "prefix_caching_hash_algo": config.cache_config.prefix_caching_hash_algo,
-            "prefix_tokens": args.prefix_tokens, "requests": args.requests,
-            "started_at": f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
-            "command": " ".join(["python", *(re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:])]),
-            "config_sha256": hashlib.sha256((path / "config.json").read_bytes()).hexdigest() if path.is_dir() else None,
-        }  # fmt: skip
-
-    def whole_blocks(self, tokens: int) -> int:
-        return tokens // self.block_size * self.block_size
-
-    def bar(self, share: float, width: int = 24) -> str:
-        return ("\u2588" if self.console.encoding.startswith("utf") else "#") * round(width * share)
+            raise LessonError(f"{self.name} is not a full-attention model; its cache hits cannot be predicted here")
+        self.block_size: int = config.cache_config.block_size
+        self.hash_algo: str = config.cache_config.prefix_caching_hash_algo
+        self.dtype, self.vocabulary, self.max_model_len = shape.dtype, shape.get_vocab_size(), shape.max_model_len
+        full = "full_attention" in (shape.hf_text_config.to_dict().get("layer_types") or ())
+        self.window: int | None = None if full else shape.get_sliding_window()
+        numbers = 2 * shape.get_num_layers(parallel) * shape.get_num_kv_heads(parallel) * shape.get_head_size()
+        self.kv_bytes_per_token: int = numbers * shape.dtype.itemsize
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -800,166 +798,217 @@ class Run:
 
     def render(self, messages: list[dict], answer: bool = True) -> str:
         """Return a chat as the template writes it, to where the answer begins or the last message ends."""
-        return render(self.tokenizer, messages, answer)
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
 
     def encode(self, messages: list[dict], answer: bool = True) -> list[int]:
         """Return the token ids of a chat; the template writes the special tokens itself."""
         return self.tokens(self.render(messages, answer))
 
-    def check_length(self, prompt: int) -> None:
-        """Raise UsageError where the model takes no prompt of so many tokens, or does not look back as far."""
-        length = prompt + OUTPUT_TOKENS
-        if length > self.max_model_len:
-            limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
-            raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens)")
-        if self.window and length > self.window:
-            limit = f"every layer of this model has a sliding window, of {self.window:,} tokens"
-            raise UsageError(f"{limit}: beyond it nothing is predicted; choose a shorter prompt (--prefix-tokens)")
+    def whole_blocks(self, tokens: int) -> int:
+        return tokens // self.block_size * self.block_size
 
-    def check_template(self, conversation: list[list[dict]]) -> None:
-        """Raise LessonError unless the template renders each turn as a prefix of the next, token for token."""
-        for n, (before, after) in enumerate(itertools.pairwise(conversation)):
-            ids, longer = self.encode(before, answer=False), self.encode(after)
-            at = common_prefix(ids, longer)
-            if at < len(ids):
-                where = (
-                    f"turn {n + 1} departs from turn {n} at token {at} ({self.tokenizer.decode(ids[at : at + 8])!r})"
-                )
-                raise LessonError(
-                    f"the model's chat template is not prefix-stable, {where}: no turn finds the one before it; "
-                    "choose a --model whose template leaves old messages as they were"
-                )
+    def kv_bytes(self, prompts: int, tokens: int) -> int:
+        """Return the size of the KV of so many prompts of so many tokens each, in whole blocks."""
+        return prompts * self.whole_blocks(tokens + self.block_size - 1) * self.kv_bytes_per_token
 
     def suffix(self, prompts: list[list[int]]) -> int:
         """Return the most tokens that are computed of a prompt that comes after the one before it."""
         pairs = itertools.pairwise(prompts)
         return max(len(after) - self.whole_blocks(common_prefix(before, after)) for before, after in pairs)
 
-    def start_engine(
-        self, longest: int, suffix: int, worker: int | None = None, prompts: int = 8, batch: int = 1, **more: object
-    ) -> Engine:
-        """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
+    def check_length(self, tokens: int) -> None:
+        """Raise UsageError where the model takes no prompt and answer of so many tokens, or looks not back so far."""
+        advice = "choose a shorter prompt (--prefix-tokens)"
+        if tokens > self.max_model_len:
+            needs = f"prompt and answer need {tokens:,} tokens"
+            raise UsageError(f"{needs}, the model takes {self.max_model_len:,}: {advice}")
+        if self.window and tokens > self.window:
+            window = f"every layer of this model has a sliding window, of {self.window:,} tokens"
+            raise UsageError(f"{window}: beyond it nothing is predicted; {advice}")
 
-        On a GPU a step of up to `batch` hits, each of `suffix` tokens, is one replay of a CUDA graph, and nothing is
-        compiled. vLLM narrows that to decoding where the attention lets no prefill be captured, and where it captures
-        nothing vLLM does not start: then prefill runs eagerly, and `execution` says so. `more` are further arguments of
-        vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt, EngineError where vLLM does not
-        start.
+
+class WorkerExtension:
+    """What vLLM's worker is asked beyond its own methods: it alone knows what its attention backend takes."""
+
+    def execution(self) -> str:
+        """Say how prefill steps run: kernels replayed as one CUDA graph, or launched one by one."""
+        return "CUDA graphs" if str(self.vllm_config.compilation_config.cudagraph_mode) == "FULL" else "eager"
+
+
+class Run:
+    """One run of a lesson: its model and engines, and all that it prints, claims and writes."""
+
+    def __init__(self, args: argparse.Namespace, terminal: TextIOWrapper) -> None:
+        from rich.console import Console
+
+        self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
+        self.engines: list[Engine] = []
+        self.measurements: list[Measurement] = []  # in the order of time
+        self.claims: list[dict] = []
+        self.seconds = dict.fromkeys(("imports", "engine_start", "warm_up", "measuring"), 0.0)
+        with self.timed("imports", "Importing vLLM..."):
+            gc.disable()  # imports leave no garbage; to look for it takes a quarter of their time
+            import torch
+            import transformers
+            import vllm
+            from vllm import AsyncLLMEngine  # noqa: F401, the engine is imported here, too
+            from vllm.platforms import current_platform
+
+            gc.freeze(), gc.enable()
+        self.model = model = Model(args)
+        if args.prefix_tokens is None:
+            args.prefix_tokens = 8000 if model.on_gpu else 4000
+        if 0 < args.prefix_tokens < 2 * model.block_size:
+            raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * model.block_size} tokens here")
+        model.check_length(args.prefix_tokens + OUTPUT_TOKENS)
+        command = [re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:]]  # no path of this machine
+        cores = len(os.sched_getaffinity(0))
+        title, config = sys.modules["__main__"].__doc__.splitlines()[0], Path(model.name) / "config.json"
+        self.environment = {
+            "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": sys.version.split()[0], "model": model.label,
+            "device": current_platform.get_device_name() if model.on_gpu else f"CPU ({cores} cores)",
+            "weights": "real" if model.has_weights else "random", "dtype": str(model.dtype).removeprefix("torch."),
+            "block_size": model.block_size, "prefix_caching_hash_algo": model.hash_algo,
+            "prefix_tokens": args.prefix_tokens, "requests": args.requests,
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": " ".join(["python", *command]),
+            "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
+        }  # fmt: skip
+        self.result = {
+            "schema": 1, "lesson": Path(sys.argv[0]).stem, "title": title, "environment": self.environment,
+            "seconds": self.seconds, "measurements": self.measurements, "claims": self.claims,
+        }  # fmt: skip
+
+    def measured(self, experiment: str, arm: str) -> list[Measurement]:
+        return [m for m in self.measurements if (m.experiment, m.arm) == (experiment, arm)]
+
+    def claim(self, claim: str, holds: bool, evidence: str) -> None:
+        self.claims.append({"claim": claim, "holds": holds, "evidence": evidence})
+
+    @contextlib.contextmanager
+    def timed(self, what: str, label: str = "") -> Iterator[None]:
+        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
+        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+        began, hidden = time.perf_counter(), not (label and self.console.is_terminal)
+        columns = SpinnerColumn(), label, TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            progress.add_task(label)
+            yield
+        self.seconds[what] += time.perf_counter() - began
+
+    def start_engine(self, graph_tokens: int, worker: int | None = None, **arguments: object) -> Engine:
+        """Start vLLM with these `arguments` of its AsyncEngineArgs beside those of all lessons.
+
+        On a GPU a step of up to `graph_tokens` is one replay of a CUDA graph, and nothing is compiled; where vLLM can
+        capture nothing, it runs eagerly. Raises UsageError for a prompt that is too long, or EngineError.
         """
-        from vllm import AsyncLLMEngine
+        from vllm import AsyncEngineArgs, AsyncLLMEngine
+        from vllm.platforms import current_platform
 
-        self.check_length(longest)
-        length = longest + OUTPUT_TOKENS
-        kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
-        counters = CacheCounters()
-        sizes = dict(max_model_len=length, max_num_batched_tokens=length, kv_cache_memory_bytes=kv_bytes)
-        capture = graph_sizes(batch * suffix)  # of these vLLM leaves out what no step can reach
-        graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture}
-        ways = [{"enforce_eager": False, "compilation_config": graphs}] if self.takes_graphs else []
-        for way in [*ways, {"enforce_eager": True}]:
+        self.model.check_length(arguments["max_model_len"])
+        counters, capture, eager = CacheCounters(), graph_sizes(graph_tokens), {"enforce_eager": True}
+        graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture}}
+        for way in [graphs, eager] if current_platform.is_cuda_alike() else [eager]:
             try:
-                config = self.engine_args(**sizes | way | more).create_engine_config()
+                config = AsyncEngineArgs(**self.model.engine_args | arguments | way).create_engine_config()
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported here need not be once more
                 vllm_engine = AsyncLLMEngine.from_vllm_config(config, stat_loggers=[lambda *_: counters])
                 break
             except (OSError, RuntimeError, ValueError) as error:
-                if way["enforce_eager"]:
+                if way is eager:
                     raise EngineError("vLLM did not start") from error
-        engine = Engine(vllm_engine, counters, worker)
+        engine = Engine(vllm_engine, counters, self.measurements, worker)
         self.engines.append(engine)
-        if engine.block_size != self.block_size:  # some backends decide only once the engine is there
+        if engine.block_size != self.model.block_size:  # some backends decide only once the engine is there
             raise UsageError(f"this device wants other blocks: add --block-size {engine.block_size}")
         return engine
 
-    async def open_engine(self, longest: int, suffix: int, **more: object) -> Engine:
-        """Start one engine, warm it up, and print what the numbers will depend on."""
-        with self.timed("engine_start", "Starting vLLM..."):
-            engine = self.start_engine(longest, suffix, **more)
-        with self.timed("warm_up", "Warming up..."):
-            await engine.warm_up(longest, suffix)
-        self.print_banner()
-        return engine
+    def end_engine(self, engine: Engine) -> None:
+        """End vLLM's processes at once, which have nothing left to save, and wait until their memory is free."""
+        processes = engine.vllm_engine.engine_core.resources.engine_manager.processes
+        engine.vllm_engine.shutdown(timeout=0)
+        for process in processes:
+            process.join()
 
-    def print_banner(self) -> None:
-        engine = self.engines[0]
-        self.environment |= {"kv_cache_tokens": engine.kv_cache_tokens, "execution": engine.execution}
-        engine_line = (
-            "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens"
+    async def warm_up(self, length: int, suffix: int) -> None:
+        """Warm up all engines at once, and print what the numbers will depend on."""
+        with self.timed("warm_up", "Warming up..."):
+            await asyncio.gather(*(engine.warm_up(length, suffix) for engine in self.engines))
+        [execution] = await self.engines[0].vllm_engine.collective_rpc("execution")
+        self.environment |= {"kv_cache_tokens": self.engines[0].kv_cache_tokens, "execution": execution}
+        banner = (
+            "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n"
+            "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens, "
+            "{execution}\nimports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
         )
-        self.console.print(  # names of models and devices may be long: this may wrap
-            "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n".format_map(self.environment)
-            + (engine_line + ", {execution}").format_map(self.environment)
-        )
-        seconds = "imports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
-        self.print(seconds.format_map(self.seconds))
+        self.console.print(banner.format_map(self.environment | self.seconds))  # names may be long: this may wrap
+
+    def print(self, text: str, **options: object) -> None:
+        """Print a row as one row: where it has more than 80 columns, the tests see it."""
+        self.console.print(text, soft_wrap=True, **options)
+
+    def bar(self, share: float, width: int) -> str:
+        return ("\u2588" if self.console.encoding.startswith("utf") else "#") * round(width * share)
 
     def print_pair_head(self, bad: str, good: str) -> None:
         columns = f"{'TTFT':>8}{'cached / prompt':>17}{'predicted':>10}"
         self.print(f"{'':7}[bold red]{'BAD: ' + bad:<37}[bold green]GOOD: {good}")
         self.print(f"{'':7}{columns}  {columns}")
 
-    def print_pair(self, request: int, bad: Measurement, good: Measurement) -> None:
-        self.print(f"{request:<3}{'fill' if request == 0 else '':4}{cells(bad)}  {cells(good)}")
+    def print_pair(self, request: int, *pair: Measurement) -> None:
+        row = f"{request:<3}{'' if request else 'fill':4}"
+        for m in pair:
+            counts = f"{m.cached_tokens:>8,} / {m.prompt_tokens:<6,}{m.predicted_cached_tokens:>10,}"
+            row += f"{milliseconds(m.ttft_ms):>8}{counts}  "
+        self.print(row.rstrip())
 
-    def print_comparison(self, bad: list[Measurement], good: list[Measurement]) -> None:
+    def print_comparison(self, *arms: list[Measurement]) -> None:
         rows = {
-            "hit rate (cached / prompt tokens)": lambda arm: f"{hit_rate(arm):.1%}",
-            "tokens computed": lambda arm: f"{sum(m.computed_tokens for m in arm):,}",
-            "TTFT, median": lambda arm: milliseconds(statistics.median(m.ttft_ms for m in arm)),
-            "TTFT, range": ttft_range,
+            "hit rate (cached / prompt tokens)": [f"{hit_rate(arm):.1%}" for arm in arms],
+            "tokens computed": [f"{sum(m.computed_tokens for m in arm):,}" for arm in arms],
+            "TTFT, median": [milliseconds(median_ms(arm)) for arm in arms],
+            "TTFT, range": [ttft_range(arm) for arm in arms],
         }
         self.print(f"\n[bold]{'without request 0':<36}{'bad':>20}{'good':>20}")
-        for name, cell in rows.items():
-            self.print(f"{name:<36}{cell(bad):>20}{cell(good):>20}")
+        for name, (bad, good) in rows.items():
+            self.print(f"{name:<36}{bad:>20}{good:>20}")
 
     def print_break(self, which: str, before: list[int], after: list[int]) -> None:
         """Show where two prompts first differ, and which blocks that costs."""
-        at, blocks = common_prefix(before, after), len(after) // self.block_size
-        lost = blocks - at // self.block_size
+        at, blocks = common_prefix(before, after), len(after) // self.model.block_size
+        lost = blocks - at // self.model.block_size
         self.print(f"\n{which} first differ at token {at:,} of {len(after):,}: {lost} of {blocks} blocks lost")
         for ids in (before, after):
-            text = repr(self.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
+            text = repr(self.model.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
             self.print(f"  {text if len(text) <= 78 else f'...{text[-75:]}'}", markup=False)
 
     def finish(self) -> int:
         """Check every prediction, print the failed claims, write the JSON, and return the exit status."""
-        measured = self.measurements
-        wrong = [m for m in measured if m.cached_tokens != m.predicted_cached_tokens]
-        evidence = f"{len(measured) - len(wrong)} of {len(measured)} requests"
+        wrong = [m for m in self.measurements if m.cached_tokens != m.predicted_cached_tokens]
+        evidence = f"{len(self.measurements) - len(wrong)} of {len(self.measurements)} requests"
         for m in wrong[:1]:
             where = f"{m.experiment}, {m.arm}, request {m.request}"
             evidence += f"; first in {where}: {m.cached_tokens:,} cached, {m.predicted_cached_tokens:,} predicted"
         self.claim("predicted = measured cached tokens on every request", not wrong, evidence)
         counted = sum(e.counters.hits for e in self.engines), sum(e.counters.queries for e in self.engines)
-        asked = [m for e in self.engines for m in e.measurements]
-        summed = sum(m.cached_tokens for m in asked), sum(m.prompt_tokens for m in asked)
-        evidence = f"hits / queries {counted[0]:,} / {counted[1]:,}; requests {summed[0]:,} / {summed[1]:,}"
+        summed = sum(e.cached_tokens for e in self.engines), sum(e.prompt_tokens for e in self.engines)
+        evidence = "hits / queries {:,} / {:,}; requests {:,} / {:,}".format(*counted, *summed)
         self.claim("vLLM's own counters agree with the requests", counted == summed, evidence)
-        failed = [claim for claim in self.claims if not claim.holds]
+        failed = [claim for claim in self.claims if not claim["holds"]]
         for claim in failed:
-            self.console.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
+            self.console.print(f"\n[bold red]FAILED[/]: {claim['claim']}\n  {claim['evidence']}")
         held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
         self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s")
         if self.args.json:
-            lesson = sys.modules["__main__"].__doc__.splitlines()[0]
-            content = {"schema": 1, "lesson": Path(sys.argv[0]).stem, "title": lesson, "environment": self.environment}
-            content |= {"seconds": self.seconds, "measurements": measured, "claims": self.claims} | self.more
-            write_json(self.args.json, content)
+            write_json(self.args.json, self.result)
         return 1 if failed else 0
-
-
-def render(tokenizer, messages: list[dict], answer: bool = True, **variables: object) -> str:
-    """Return a chat as text; `variables` are further ones of the template, like tools."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False, **variables)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
-
-
-def cells(m: Measurement) -> str:
-    return f"{milliseconds(m.ttft_ms):>8}{m.cached_tokens:>8,} / {m.prompt_tokens:<6,}{m.predicted_cached_tokens:>10,}"
 
 
 def milliseconds(value: float) -> str:
@@ -969,41 +1018,17 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 
-def ttft_range(measurements: list[Measurement]) -> str:
-    return "{:,.1f} - {:,.1f} ms".format(*(f(m.ttft_ms for m in measurements) for f in (min, max)))
+def ttft_range(measured: list[Measurement]) -> str:
+    return f"{min(m.ttft_ms for m in measured):,.1f} - {max(m.ttft_ms for m in measured):,.1f} ms"
 
 
-def hit_rate(measurements: list[Measurement]) -> float:
-    return sum(m.cached_tokens for m in measurements) / sum(m.prompt_tokens for m in measurements)
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Return how many leading tokens two prompts share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = True) -> str:
-    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart.
-
-    The bound is what computing fewer tokens can give at most. Requests that are not `alone` also wait, so have none.
-    """
-    slow, fast = ([m.ttft_ms for m in arm] for arm in (bad, good))
-    change = f"{milliseconds(statistics.median(slow))} to {milliseconds(statistics.median(fast))}"
-    if statistics.median(slow) <= statistics.median(fast):
-        return f"TTFT did not improve ({change}): nothing gained at this prompt length."
-    if min(slow) <= max(fast):
-        return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
-    factor = statistics.median(slow) / statistics.median(fast)
-    bound = sum(m.computed_tokens for m in bad) / sum(m.computed_tokens for m in good)
-    return f"TTFT fell from {change}: {factor:.1f}x" + (
-        f" of at most {bound:.0f}x (tokens computed)." if alone else "."
-    )
-
-
-def built_in_shape(memory: int) -> str:
-    """Return the largest built-in shape for so many bytes: weights, KV cache and work space, with room to spare."""
-    gib = memory / 2**30
-    return "7b" if gib >= 39 else "1.5b" if gib >= 11 else "0.5b"  # cards of 40 and 12 GiB have a little less to show
+def built_in_model(gpu_memory: int) -> str:
+    """Return the folder of the largest built-in model for so many bytes of a GPU, with room to spare; 0: for a CPU."""
+    gib = gpu_memory / 2**30  # cards of 40 and 12 GiB have a little less to show
+    shape = "7b" if gib >= 39 else "1.5b" if gib >= 11 else "0.5b" if gib else "cpu"
+    if not (HERE / "built_in_model").is_dir():
+        raise LessonError("the built-in model is not beside this script: give --model a folder or a hub name")
+    return str(HERE / "built_in_model" / shape)
 
 
 def graph_sizes(longest: int) -> list[int]:
@@ -1022,17 +1047,15 @@ def find_model(name: str) -> str:
         return str(Path(name).resolve())
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise LessonError(f"no model in {name}: give --model a folder, or a hub name like Qwen/Qwen2.5-1.5B-Instruct")
-    from huggingface_hub import constants, get_token, snapshot_download
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
 
-    headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
-    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
-    try:  # the libraries below retry for a minute; this does not
-        urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="HEAD"), timeout=10).close()
+    try:  # what asks the hub later takes a minute to find out that it is not there
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
         return name
-    except OSError as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-            advice = "check the name, or run `hf auth login`"
-            raise LessonError(f"the hub answers {error.code} for {name}: {advice}") from error
+    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+            answer = f"the hub answers {error.response.status_code} for {name}"
+            raise LessonError(f"{answer}: check the name, or run `hf auth login`") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:
@@ -1067,7 +1090,7 @@ def write_json(path: Path, content: dict) -> None:
 def json_path(name: str) -> Path:
     try:
         if Path(name).exists() and not Path(name).is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(0, "it is no regular file")
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error
@@ -1083,55 +1106,40 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line that shows its `doc` as it is, and takes no empty value: an unset variable of a shell is one."""
-
-    def __init__(self, doc: str, **options: object) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if not word or (word.startswith("--") and word.endswith("=")):
-                self.error("there is an empty value among the arguments")  # none is repeated: it may be a key
-        return super().parse_known_args(args, namespace)
-
-
-def engine_parser(doc: str) -> argparse.ArgumentParser:
-    """Return the command line of everything that starts an engine."""
-    parser = Parser(doc)
+def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
+    """Return the command line that all lessons share; `requests` is this lesson's default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(workers=1)  # engines at the same time
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
+    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
+    text = f"requests per arm; 0 fills the cache (default: {requests})"
+    add("--requests", type=at_least(2), default=requests, help=text)
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
+    add("--deeper", action="store_true", help="add this lesson's further experiments")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
     add("--check-options", action="store_true", help=argparse.SUPPRESS)  # by the runner, which knows none of them
     return parser
 
 
-def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
-    """Return the command line that all lessons share; `requests` is this lesson's default."""
-    parser = engine_parser(doc)
-    add = parser.add_argument
-    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
-    add(
-        "--requests",
-        type=at_least(2),
-        default=requests,
-        help=f"requests per arm; 0 fills the cache (default: {requests})",
-    )
-    add("--deeper", action="store_true", help="add this lesson's further experiments")
-    return parser
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the values of the command line. An empty one is refused: an unset variable of a shell is one."""
+    if any(not word or (word.startswith("--") and word.endswith("=")) for word in sys.argv[1:]):
+        parser.error("there is an empty value among the arguments")  # none is repeated: it may be a key
+    return parser.parse_args()
 
 
 def use_python_with_vllm() -> None:
     """Go on in the .venv beside the lesson where this Python has no vLLM."""
+    script = Path(sys.argv[0]).name
     if sys.version_info < (3, 11):
-        raise LessonError(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
+        sys.exit(f"{script}: error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     venv = HERE / ".venv"
     if importlib.util.find_spec("vllm") is None:
         if not (venv / "complete").is_file() or Path(sys.prefix).resolve() == venv.resolve():
-            raise LessonError(f"no vLLM in {sys.executable}: run `python3 setup_and_test.py` first")
+            sys.exit(f"{script}: error: no vLLM in {sys.executable}: run `python3 setup_and_test.py` first")
         os.execv(venv / "bin" / "python", [str(venv / "bin" / "python"), *sys.orig_argv[1:]])
 
 
@@ -1145,100 +1153,76 @@ def end_with_parent(parent: int, libc: ctypes.CDLL) -> None:
         os._exit(1)
 
 
-def prepare_process(engines: int = 1) -> Path:
+def prepare_process(engines: int) -> Path:
     """Make this process fit to start `engines` engines; return its folder, which a lock keeps from being removed.
 
     Folders of runs that were killed are removed. A process of this one's making ends with it.
     """
     for left in Path(tempfile.gettempdir()).glob("kv-lesson-*/"):
         with contextlib.suppress(OSError):  # another user's, in use, or gone by now
-            descriptor = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
-            finally:
-                os.close(descriptor)
+            fcntl.flock(os.open(left, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
     folder = Path(tempfile.mkdtemp(prefix="new-kv-lesson-"))  # not to be taken for an old one before it is locked
     fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
     folder = folder.rename(folder.with_name(folder.name.removeprefix("new-")))
-    forked_by: list[int] = []  # an engine may fork in its turn
-    libc = ctypes.CDLL(None)
-    os.register_at_fork(
-        before=lambda: forked_by.append(os.getpid()), after_in_child=lambda: end_with_parent(forked_by[-1], libc)
-    )
+    libc, forked_by = ctypes.CDLL(None), []  # an engine may fork in its turn
+    os.register_at_fork(before=lambda: forked_by.append(os.getpid()))
+    os.register_at_fork(after_in_child=lambda: end_with_parent(forked_by[-1], libc))
     # Several engines share the cores; one alone leaves one to the client, as vLLM does where it binds threads itself.
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores - 1 if engines == 1 else cores // engines)
     # Without vLLM's multiprocessing of its own the CPU platform, too, lets the model run in the engine's process.
-    os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    os.environ.update(TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0", TMPDIR=str(folder))
+    os.environ.update(VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
     tempfile.tempdir = str(folder)
     return folder
 
 
-def leave(folder: Path | None) -> None:
-    """End the engines that are left, which write into `folder`, and remove it."""
-    for engine in multiprocessing.active_children():
-        engine.kill(), engine.join()
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]], engines: int = 1) -> int:
-    """Run a lesson of `engines` engines with their output in a log file, and return the exit status."""
+def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]]) -> int:
+    """Run a lesson with its engines' output in a log file, and return the exit status."""
     if args.check_options:
         return 0
-    script, pid, folder = Path(sys.argv[0]).name, os.getpid(), None
+    use_python_with_vllm()
+    folder, pid = prepare_process(args.workers), os.getpid()
     out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
     err = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace")
+
+    def leave() -> None:
+        for engine in multiprocessing.active_children():  # they write into the folder
+            engine.kill(), engine.join()
+        shutil.rmtree(folder, ignore_errors=True)
 
     def stop(signum: int, _: object) -> None:
         if os.getpid() == pid:  # an engine that is just being made has this handler, too
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")
-            leave(folder)
+            leave()
         os._exit(128 + signum)
-
-    async def measure() -> int:
-        try:
-            await lesson(run)
-            return run.finish()
-        finally:
-            for engine in run.engines:
-                engine.end()
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop)
+    log = folder / "engine.log"
+    with log.open("wb") as file:
+        for stream in () if args.verbose else (1, 2):
+            os.dup2(file.fileno(), stream)
     try:
-        use_python_with_vllm()
-        folder = prepare_process(engines)
-        log = folder / "engine.log"
-        if not args.verbose:
-            with log.open("wb") as file:
-                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            sys.excepthook = functools.partial(traceback.print_exception, file=err)  # a bug is shown all the same
         run = Run(args, out)
-        status = asyncio.run(measure())
-    except EngineError as error:
-        kept = log.exists() and shutil.copy(log, folder.with_suffix(".log"))
-        cause = root_cause(error, log.read_text(errors="replace") if kept else "")
-        see = f" (the engine's log: {kept})" if kept else ""
-        print(f"{script}: error: {error}: {cause}{see}", file=err, flush=True)
-        return error.status
+        asyncio.run(lesson(run))
+        status = run.finish()
     except LessonError as error:
-        print(f"{script}: error: {error}", file=err, flush=True)
-        return error.status
+        told, status = str(error), error.status
+        if isinstance(error, EngineError):
+            told += f": {root_cause(error, log.read_text(errors='replace'))}"
+            told += "" if args.verbose else f" (the engine's log: {shutil.copy(log, folder.with_suffix('.log'))})"
+        print(f"{Path(sys.argv[0]).name}: error: {told}", file=err, flush=True)
     finally:
-        leave(folder)
+        leave()
+        os.dup2(err.fileno(), 2)  # a bug's traceback is shown
     out.flush()
     os._exit(status)  # all is written; to take an interpreter with vLLM in it apart takes two seconds
 
 
 if "__mp_main__" in sys.modules:  # an engine's process that was not forked but spawned
     end_with_parent(os.getppid(), ctypes.CDLL(None))
-
-
-# --- end of the measuring block ---
-
 if __name__ == "__main__":
     sys.exit(main())

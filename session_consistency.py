@@ -38,6 +38,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 
+# Run, Engine, Measurement and the small functions stand below: the instrument, and the plumbing, which can be skipped.
+
+# --- the lesson: the same sessions sent to several vLLM workers, routed in two ways ---
+
 INSTRUCTIONS = """\
 You help engineers to read incident reports. Answer from the report that opens the conversation, in at most three
 sentences. Quote times and names exactly. Say so when the report does not tell.
@@ -78,10 +82,9 @@ def report(session: str, tokens: int, count: Callable[[str], int]) -> str:
     dice, text = random.Random(session), f"{session}: incident report\n"
     while (missing := tokens - count(text)) > 0:
         for _ in range(1 + missing // 100):  # a line is no 100 tokens
-            time = f"{dice.randrange(24):02}:{dice.randrange(60):02}"
-            text += (
-                f"{time} the {dice.choice(list(PARTS))} {dice.choice(EVENTS)} ({dice.randrange(100, 1000)} requests)\n"
-            )
+            at = f"{dice.randrange(24):02}:{dice.randrange(60):02}"
+            part, event, requests = dice.choice(list(PARTS)), dice.choice(EVENTS), dice.randrange(100, 1000)
+            text += f"{at} the {part} {event} ({requests} requests)\n"
     return text
 
 
@@ -114,10 +117,13 @@ class RoundRobin:
 
 def changes_workers(traffic: Traffic, workers: int) -> bool:
     """Say whether round robin takes any session to a second worker; with few sessions it may happen not to."""
-    router, homes = RoundRobin(workers), {}
-    for session in itertools.chain.from_iterable(traffic.arrivals):
-        homes.setdefault(session, set()).add(router.route(session, []))
-    return max(map(len, homes.values())) > 1
+    router, first_worker = RoundRobin(workers), {}
+    for arrivals in traffic.arrivals:
+        for session in arrivals:
+            worker = router.route(session, [])
+            if first_worker.setdefault(session, worker) != worker:
+                return True
+    return False
 
 
 def rendezvous(session: str, workers: list[int]) -> list[int]:
@@ -149,102 +155,124 @@ class Traffic:
 async def send(
     workers: list[Engine], experiment: str, arm: str, turn: int, routed: list[tuple[str, int, list[int]]]
 ) -> None:
-    """Send the requests of one turn, as session, worker and token ids, at once; those of one session in their order."""
+    """Send the requests of one turn at once, as session, worker and token ids.
 
-    async def one(session: str) -> None:
-        for name, worker, ids in routed:
-            if name == session:
-                await workers[worker].ask(ids, experiment, arm, turn, session=session, salt=arm)
+    A session that sends several waits for each before the next.
+    """
+    queues: dict[str, list[tuple[int, list[int]]]] = {}
+    for session, worker, ids in routed:
+        queues.setdefault(session, []).append((worker, ids))
 
-    await asyncio.gather(*(one(session) for session in dict.fromkeys(name for name, _, _ in routed)))
+    async def send_in_order(session: str) -> None:
+        for worker, ids in queues[session]:
+            await workers[worker].ask(ids, experiment, arm, turn, session=session, salt=arm)
+
+    await asyncio.gather(*map(send_in_order, queues))
 
 
 def shared_prefixes(prompts: list[list[int]], block_size: int) -> list[list[int]]:
     """Return the leading blocks that a prompt has in common with any other one, each run of blocks once."""
     chains = [list(CacheModel(block_size).chain(ids)) for ids in prompts]
-    seen = Counter(itertools.chain.from_iterable(chains))
-    lengths = (block_size * sum(seen[block] > 1 for block in chain) for chain in chains)
-    shared = {tuple(ids[:length]) for ids, length in zip(prompts, lengths, strict=True)}
-    return [list(ids) for ids in sorted(shared, key=len) if ids]
+    owners = Counter(block for chain in chains for block in chain)  # how many prompts have a block
+    shared = set()
+    for ids, chain in zip(prompts, chains, strict=True):
+        blocks = 0
+        while blocks < len(chain) and owners[chain[blocks]] > 1:
+            blocks += 1
+        if blocks:
+            shared.add(tuple(ids[: blocks * block_size]))
+    return [list(ids) for ids in sorted(shared, key=len)]
 
 
-async def prime(run: Run, workers: list[Engine], arm: str, prompts: list[list[int]]) -> None:
+async def prime(workers: list[Engine], arm: str, prompts: list[list[int]]) -> None:
     """Let every worker compute what sessions share, so that no two of them race for it."""
-    for engine, ids in itertools.product(workers, shared_prefixes(prompts, run.block_size)):
-        await engine.ask(ids, "shared", arm, 0, salt=arm)
+    for engine in workers:
+        for ids in shared_prefixes(prompts, engine.block_size):
+            await engine.ask(ids, "shared", arm, 0, salt=arm)
 
 
 async def pair(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     """Send turn after turn in both arms, and judge where the sessions found their past."""
     routers = {arm: router(len(workers)) for arm, router in ARMS.items()}
     for arm in ARMS:
-        await prime(run, workers, arm, [prompts[0] for prompts in traffic.prompts.values()])
+        await prime(workers, arm, [prompts[0] for prompts in traffic.prompts.values()])
     turns = sorted(map(len, traffic.prompts.values()))
     run.print(f"{len(turns)} sessions of {turns[0]} to {turns[-1]} turns, shuffled every turn (seed {run.args.seed})")
-    head = f"{'cached / prompt':>17}{'hits':>6}{'TTFT':>10}"
+    columns = f"{'cached / prompt':>17}{'hits':>6}{'TTFT':>10}"
     run.print(f"{'':13}[bold red]{'BAD: round robin':<36}[/][bold green]GOOD: session affinity")
-    run.print(f"turn sessions{head}{head}")
+    run.print(f"turn sessions{columns}{columns}")
     for turn, arrivals in enumerate(traffic.arrivals):
-        for arm in (ARMS, reversed(ARMS))[turn % 2]:
-            prompts = [(session, traffic.prompts[session][turn]) for session in arrivals]
-            routed = [(session, routers[arm].route(session, ids), ids) for session, ids in prompts]
+        for arm in in_turn(ARMS, turn):
+            routed = []
+            for session in arrivals:
+                ids = traffic.prompts[session][turn]
+                routed.append((session, routers[arm].route(session, ids), ids))
             await send(workers, "main", arm, turn, routed)
-        cells = ""
+        row = f"{turn:<4}{len(arrivals):>9}"
         for arm in ARMS:
-            sent = [m for m in run.arm("main", arm) if m.request == turn]
+            sent = [m for m in run.measured("main", arm) if m.request == turn]
             counts = f"{sum(m.cached_tokens for m in sent):,} / {sum(m.prompt_tokens for m in sent):,}"
-            cells += f"{counts:>17}{hit_rate(sent):>6.0%}{milliseconds(statistics.median(m.ttft_ms for m in sent)):>10}"
-        run.print(f"{turn:<4}{len(arrivals):>9}{cells}")
-    judge(run, workers, traffic)
-
-
-def judge(run: Run, workers: list[Engine], traffic: Traffic) -> None:
-    """Print both arms side by side, and claim what the token counts must show."""
-    bad, good = ([m for m in run.arm("main", arm) if m.request > 0] for arm in ARMS)
-    run.print_comparison(bad, good)
-    rows = {
-        "TTFT, p90": lambda arm: milliseconds(p90(arm)),
-        "requests per worker": lambda arm: per_worker(arm, len(workers), lambda m: 1),
-        "computed tokens per worker": lambda arm: per_worker(arm, len(workers), lambda m: m.computed_tokens),
-    }
-    for name, cell in rows.items():
-        run.print(f"{name:<36}{cell(bad):>20}{cell(good):>20}")
-
-    print_pairs(run, bad, good)
-
-    kept = {
-        (session, turn): run.whole_blocks(common_prefix(a, b))
-        for session, prompts in traffic.prompts.items()
-        for turn, (a, b) in enumerate(itertools.pairwise(prompts), start=1)
-    }
-    run.claim("affinity: every turn finds its session's past",
-              all(m.cached_tokens >= kept[m.session, m.request] for m in good),
-              f"{sum(m.cached_tokens for m in good):,} tokens found, {sum(kept.values()):,} were there")  # fmt: skip
-    moved = [len({(m.session, m.worker) for m in run.arm("main", arm)}) - len(traffic.prompts) for arm in ARMS]
-    run.claim("round robin changes workers, affinity does not", moved[0] > 0 == moved[1],
-              f"{moved[0]} and {moved[1]} moves to a worker that is new to the session")  # fmt: skip
-    computed = [sum(m.computed_tokens for m in arm) for arm in (bad, good)]
-    run.claim("affinity computes fewer tokens", computed[1] < computed[0], f"{computed[1]:,} of {computed[0]:,} tokens")
-    run.print(f"\nThe same sessions, the same order: {computed[0]:,} tokens computed, with affinity {computed[1]:,}.")
+            row += f"{counts:>17}{hit_rate(sent):>6.0%}{milliseconds(median_ms(sent)):>10}"
+        run.print(row)
+    bad = [m for m in run.measured("main", "bad") if m.request > 0]
+    good = [m for m in run.measured("main", "good") if m.request > 0]
+    print_arms(run, bad, good, len(workers))
+    claim_counts(run, traffic, bad, good)
+    computed_bad, computed_good = (sum(m.computed_tokens for m in arm) for arm in (bad, good))
+    run.print(
+        f"\nThe same sessions, the same order: {computed_bad:,} tokens computed, with affinity {computed_good:,}."
+    )
     run.print(pair_verdict(pair_ratios(bad, good), sign_test=run.args.deeper))
+
+
+def print_arms(run: Run, bad: list[Measurement], good: list[Measurement], workers: int) -> None:
+    """Print both arms side by side, and by turn what the same request took in both."""
+    run.print_comparison(bad, good)
+    row = "{:<36}{:>20}{:>20}"
+    run.print(row.format("TTFT, p90", milliseconds(p90(bad)), milliseconds(p90(good))))
+    requests = [per_worker(arm, workers, lambda m: 1) for arm in (bad, good)]
+    run.print(row.format("requests per worker", *requests))
+    computed = [per_worker(arm, workers, lambda m: m.computed_tokens) for arm in (bad, good)]
+    run.print(row.format("computed tokens per worker", *computed))
+
+    titles, faster, medians = "", "", ""
+    for turn in sorted({m.request for m in bad})[:5]:
+        ratios = pair_ratios([m for m in bad if m.request == turn], [m for m in good if m.request == turn])
+        titles += f"{f'turn {turn}':>8}"
+        faster += f"{f'{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}':>8}"
+        medians += f"{f'{statistics.median(ratios):.1f}x':>8}"
+    run.print(f"\n[bold]{'the same request, bad / good':<36}{titles}")
+    run.print(f"{'faster with affinity':<36}{faster}\n{'median of the ratios':<36}{medians}")
+
+
+def claim_counts(run: Run, traffic: Traffic, bad: list[Measurement], good: list[Measurement]) -> None:
+    """Claim what the token counts must show: who found a session's past, and who could not."""
+    kept, found_all = 0, True
+    for m in good:
+        before, after = traffic.prompts[m.session][m.request - 1 : m.request + 1]
+        in_common = run.model.whole_blocks(common_prefix(before, after))
+        kept += in_common
+        found_all = found_all and m.cached_tokens >= in_common
+    evidence = f"{sum(m.cached_tokens for m in good):,} tokens found, {kept:,} were there"
+    run.claim("affinity: every turn finds its session's past", found_all, evidence)
+    moved_bad, moved_good = moves(run.measured("main", "bad")), moves(run.measured("main", "good"))
+    evidence = f"{moved_bad} and {moved_good} moves to a worker that is new to the session"
+    run.claim("round robin changes workers, affinity does not", moved_bad > 0 and moved_good == 0, evidence)
+    computed_bad, computed_good = (sum(m.computed_tokens for m in arm) for arm in (bad, good))
+    evidence = f"{computed_good:,} of {computed_bad:,} tokens"
+    run.claim("affinity computes fewer tokens", computed_good < computed_bad, evidence)
+
+
+def moves(measured: list[Measurement]) -> int:
+    """Count how often a session comes to a worker that is new to it; its first worker is no move."""
+    homes = {(m.session, m.worker) for m in measured}
+    return len(homes) - len({session for session, _ in homes})
 
 
 def pair_ratios(bad: list[Measurement], good: list[Measurement]) -> list[float]:
     """Return, for every turn of every session, its TTFT in `bad` by that in `good`: like is compared with like."""
     good_ttft = {(m.session, m.request): m.ttft_ms for m in good}
     return [m.ttft_ms / good_ttft[m.session, m.request] for m in bad]
-
-
-def print_pairs(run: Run, bad: list[Measurement], good: list[Measurement]) -> None:
-    """Show by turn what the same request took in both arms."""
-    turns = sorted({m.request for m in bad})[:5]
-    faster, medians = "", ""
-    for turn in turns:
-        ratios = pair_ratios([m for m in bad if m.request == turn], [m for m in good if m.request == turn])
-        faster += f"{f'{sum(ratio > 1 for ratio in ratios)} of {len(ratios)}':>8}"
-        medians += f"{f'{statistics.median(ratios):.1f}x':>8}"
-    run.print(f"\n[bold]{'the same request, bad / good':<36}" + "".join(f"{f'turn {turn}':>8}" for turn in turns))
-    run.print(f"{'faster with affinity':<36}{faster}\n{'median of the ratios':<36}{medians}")
 
 
 def pair_verdict(ratios: list[float], sign_test: bool) -> str:
@@ -270,7 +298,127 @@ def per_worker(arm: list[Measurement], workers: int, value: Callable[[Measuremen
     return " ".join(f"{n:,}" for n in sums) if workers < 4 else f"{min(sums):,} to {max(sums):,}"
 
 
-# --- the further experiments: --deeper ---
+async def lesson(run: Run) -> None:
+    """Make the traffic, start vLLM several times, and send it in both ways."""
+    model, args, dice = run.model, run.args, random.Random(run.args.seed)
+    lengths, contexts, prompts = {}, {}, {}
+    for n in range(args.sessions):
+        lengths[f"session-{n:02}"] = dice.randint(max(2, args.requests - 2), args.requests)
+    for name, turns in lengths.items():
+        contexts[name] = report(name, args.prefix_tokens, model.count)
+        prompts[name] = [model.encode(messages(contexts[name], turn)) for turn in range(turns)]
+    traffic = Traffic(prompts, schedule(lengths, args.seed))
+    check_template(model, [messages(contexts["session-00"], turn) for turn in range(args.requests)])
+    if not changes_workers(traffic, args.workers):
+        accident = f"with --seed {args.seed} round robin takes each session to one worker only, by accident"
+        raise UsageError(f"{accident}: choose another --seed, or more --sessions")
+    hot = []
+    if args.deeper:
+        context = report("hot", args.prefix_tokens, model.count)
+        hot = [model.encode(messages(context, turn)) for turn in range(sum(lengths.values()))]
+    longest = max(map(len, itertools.chain(hot, *prompts.values())))
+    suffix = max(model.suffix(its_prompts) for its_prompts in prompts.values())
+    length = longest + OUTPUT_TOKENS
+    run.environment |= {"workers": args.workers, "sessions": args.sessions, "seed": args.seed}
+
+    # Each worker is an AsyncLLMEngine with these of vLLM's arguments. `ask` sends token ids and SamplingParams(
+    # max_tokens=1), times the first token, and reads num_cached_tokens: what the cache of this worker has found.
+    workers = await start_workers(
+        run,
+        enable_prefix_caching=not args.no_prefix_caching,
+        max_model_len=length,
+        max_num_batched_tokens=length,  # a prompt is computed in one step
+        kv_cache_memory_bytes=model.kv_bytes(2 * args.sessions + 2, length),  # room for both arms: nothing is evicted
+        graph_tokens=args.sessions * suffix,  # on a GPU: steps as short as hits are replayed as one CUDA graph
+    )
+    await run.warm_up(longest, suffix)
+    with run.timed("measuring"):
+        await pair(run, workers, traffic)
+        if args.deeper:
+            await hot_session(run, workers, traffic, hot)
+            await lost_worker(run, workers, traffic)
+
+
+async def start_workers(run: Run, **arguments: object) -> list[Engine]:
+    """Start all workers together, each on its own cores, or on its own GPU where there are enough."""
+    count = run.args.workers
+    gpus, cores = worker_places(run.model.on_gpu, count)
+    check_memory(run.model, arguments["kv_cache_memory_bytes"], sharing=1 if gpus else count)
+
+    def start_one(worker: int) -> Engine:
+        os.sched_setaffinity(0, cores[worker])  # of this thread, and of the engine that it makes
+        return run.start_engine(worker=worker, **arguments)
+
+    with run.timed("engine_start", f"Starting {count} vLLM workers..."):
+        starting = []
+        for worker in range(count):
+            if gpus:
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpus[worker]  # an engine inherits it when it is made
+            before = len(multiprocessing.active_children())
+            starting.append(asyncio.create_task(asyncio.to_thread(start_one, worker)))
+            while len(multiprocessing.active_children()) == before and not starting[-1].done():
+                await asyncio.sleep(0.05)
+        return await asyncio.gather(*starting)
+
+
+def worker_places(on_gpu: bool, count: int) -> tuple[list[str], list[list[int]]]:
+    """Return a GPU for each worker, or none where they must share one, and the cores of each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if on_gpu:
+        import torch
+
+        every = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+        return gpus[:count] if len(gpus) >= count else [], [cores] * count
+    if count > len(cores):
+        raise UsageError(f"--workers {count} needs as many cores, {len(cores)} are here")
+    each = len(cores) // count
+    return [], [cores[worker * each : (worker + 1) * each] for worker in range(count)]
+
+
+def check_memory(model: Model, kv_bytes: int, sharing: int) -> None:
+    """Raise LessonError unless `sharing` workers with so large a KV cache fit into what memory is free."""
+    import psutil  # comes with vLLM
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):  # shapes without numbers
+            shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.name))
+    except (ImportError, ValueError) as error:
+        raise LessonError(f"the size of the model in {model.name} is not to be found: {telling_line(error)}") from error
+    weights = sum(parameter.numel() for parameter in shapes.parameters()) * model.dtype.itemsize
+    have = model.gpu_memory or psutil.virtual_memory().available
+    need = sharing * (weights + kv_bytes + 2**30)  # and what an engine takes besides
+    if need > have:
+        sizes = f"{sharing} workers need {need / 2**30:.1f} GiB ({kv_bytes / 2**30:.1f} GiB of KV cache each)"
+        advice = "take fewer --workers or --sessions, or a smaller --prefix-tokens"
+        there = "there" if model.on_gpu else "free"
+        raise LessonError(f"{sizes}, {have / 2**30:.1f} GiB are {there}: {advice}")
+
+
+def check_template(model: Model, conversation: list[list[dict]]) -> None:
+    """Raise LessonError unless the template renders each turn as a prefix of the next, token for token."""
+    for n, (before, after) in enumerate(itertools.pairwise(conversation)):
+        ids, longer = model.encode(before, answer=False), model.encode(after)
+        at = common_prefix(ids, longer)
+        if at < len(ids):
+            raise LessonError(
+                f"the model's chat template is not prefix-stable, turn {n + 1} departs from turn {n} at token {at} "
+                f"({model.tokenizer.decode(ids[at : at + 8])!r}): no turn finds the one before it; choose a --model "
+                "whose template leaves old messages as they were"
+            )
+
+
+def main() -> int:
+    parser = lesson_parser(__doc__, requests=5)
+    parser.add_argument("--workers", type=at_least(2), default=2, help="vLLM engines (default: 2)")
+    parser.add_argument("--sessions", type=at_least(2), default=6, help="conversations at the same time (default: 6)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of arrival order and session lengths (default: 0)")
+    return run_lesson(parse(parser), lesson)
+
+
+# --- the lesson, --deeper: further experiments ---
 
 
 class BoundedAffinity:
@@ -304,250 +452,124 @@ class PrefixAware:
 async def hot_session(run: Run, workers: list[Engine], traffic: Traffic, hot: list[list[int]]) -> None:
     """One session sends half of all requests: what stickiness costs, and what bounded load gives back of it."""
     count = len(workers)
-    first = [*(prompts[0] for prompts in traffic.prompts.values()), hot[0]]
+    first_prompts = [prompts[0] for prompts in traffic.prompts.values()] + hot[:1]
+    everywhere = shared_prefixes(first_prompts, run.model.block_size)
     policies = {
         "round robin": RoundRobin(count),
         "affinity": Affinity(count),
         "bounded load": BoundedAffinity(count),
-        "prefix-aware": PrefixAware(count, run.block_size, shared_prefixes(first, run.block_size)),
+        "prefix-aware": PrefixAware(count, run.model.block_size, everywhere),
     }
     run.print("\n[bold]A hot session[/] sends half of all requests: stickiness has a price")
     run.print("policy         hit rate  TTFT median       p90   requests per worker  max / mean")
-    for name, router in policies.items():
+    rates, busiest = {}, {}
+    for policy, router in policies.items():
         for engine in workers:
             await engine.reset()
-        await prime(run, workers, name, first)
-        its_turns = iter(hot)
+        await prime(workers, policy, first_prompts)
+        hot_prompts = iter(hot)
         for turn, arrivals in enumerate(traffic.arrivals):
-            mixed = random.Random(run.args.seed + turn).sample([*arrivals, *["hot"] * len(arrivals)], 2 * len(arrivals))
-            requests = [(s, next(its_turns) if s == "hot" else traffic.prompts[s][turn]) for s in mixed]
-            await send(workers, "hot session", name, turn, [(s, router.route(s, ids), ids) for s, ids in requests])
-        sent = run.arm("hot session", name)
-        loads = [sum(m.worker == worker for m in sent) for worker in range(count)]
-        spread = max(loads) / statistics.mean(loads)
-        median = milliseconds(statistics.median(m.ttft_ms for m in sent))
-        times, counts = f"{median:>13}{milliseconds(p90(sent)):>10}", per_worker(sent, count, lambda m: 1)
-        run.print(f"{name:<14}{hit_rate(sent):>9.1%}{times}{counts:>22}{spread:>12.2f}")
-    rates = {name: hit_rate(run.arm("hot session", name)) for name in policies}
-    run.claim("with a hot session too affinity finds more", rates["affinity"] > rates["round robin"],
-              f"{rates['affinity']:.1%} and {rates['round robin']:.1%}")  # fmt: skip
-    loads = {name: Counter(m.worker for m in run.arm("hot session", name)) for name in policies}
-    most = [max(loads[name].values()) for name in ("bounded load", "affinity")]
-    run.claim("bounded load spreads the requests no worse than affinity", most[0] <= most[1],
-              f"at most {most[0]} and {most[1]} on one worker")  # fmt: skip
+            senders = arrivals + ["hot"] * len(arrivals)
+            routed = []
+            for session in random.Random(run.args.seed + turn).sample(senders, k=len(senders)):
+                ids = next(hot_prompts) if session == "hot" else traffic.prompts[session][turn]
+                routed.append((session, router.route(session, ids), ids))
+            await send(workers, "hot session", policy, turn, routed)
+        sent = run.measured("hot session", policy)
+        rates[policy], busiest[policy] = hit_rate(sent), max(Counter(m.worker for m in sent).values())
+        spread = busiest[policy] * count / len(sent)
+        ttft, slow, requests = (
+            milliseconds(median_ms(sent)),
+            milliseconds(p90(sent)),
+            per_worker(sent, count, lambda m: 1),
+        )
+        run.print(f"{policy:<14}{rates[policy]:>9.1%}{ttft:>13}{slow:>10}{requests:>22}{spread:>12.2f}")
+    evidence = f"{rates['affinity']:.1%} and {rates['round robin']:.1%}"
+    run.claim("with a hot session too affinity finds more", rates["affinity"] > rates["round robin"], evidence)
+    no_worse = busiest["bounded load"] <= busiest["affinity"]
+    evidence = f"at most {busiest['bounded load']} and {busiest['affinity']} on one worker"
+    run.claim("bounded load spreads the requests no worse than affinity", no_worse, evidence)
 
 
 def moved_share(sessions: int, before: int, after: int) -> dict[str, float]:
     """Return which share of sessions changes workers when only the first `after` of `before` are left."""
-    names = [f"session-{n}" for n in range(sessions)]
-    hashed = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in names}
-    ranked = {name: rendezvous(name, list(range(before))) for name in names}
-    return {
-        "rendezvous": sum(next(w for w in order if w < after) != order[0] for order in ranked.values()) / sessions,
-        "modulo": sum(value % before != value % after for value in hashed.values()) / sessions,
-    }
+    moved = {"rendezvous": 0, "modulo": 0}
+    for n in range(sessions):
+        name = f"session-{n}"
+        order = rendezvous(name, list(range(before)))
+        best_left = next(worker for worker in order if worker < after)
+        moved["rendezvous"] += best_left != order[0]
+        value = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+        moved["modulo"] += value % before != value % after
+    return {hashing: count / sessions for hashing, count in moved.items()}
 
 
 async def lost_worker(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     """Shut a worker down in the middle: its sessions move once, pay one cold turn, and go on."""
     share = moved_share(5000, 8, 7)
-    moves = f"rendezvous moves {share['rendezvous']:.1%}, modulo {share['modulo']:.1%} of 5,000 sessions"
-    run.print(f"\n[bold]A worker of 8 is lost[/]: {moves}")
+    shares = f"rendezvous moves {share['rendezvous']:.1%}, modulo {share['modulo']:.1%} of 5,000 sessions"
+    run.print(f"\n[bold]A worker of 8 is lost[/]: {shares}")
     for engine in workers:
         await engine.reset()
-    await prime(run, workers, "good", [prompts[0] for prompts in traffic.prompts.values()])
+    await prime(workers, "good", [prompts[0] for prompts in traffic.prompts.values()])
     router, middle = Affinity(len(workers)), min(map(len, traffic.prompts.values())) // 2  # all are there still
     homes = {session: router.route(session, []) for session in traffic.prompts}
-    lost = Counter(homes.values()).most_common(1)[0][0]
+    [(lost, _)] = Counter(homes.values()).most_common(1)
     for turn, arrivals in enumerate(traffic.arrivals):
         if turn == middle:
-            workers[lost].end()
+            run.end_engine(workers[lost])
             router.workers.remove(lost)
-        routed = [(s, router.route(s, []), traffic.prompts[s][turn]) for s in arrivals]
+        routed = [(session, router.route(session, []), traffic.prompts[session][turn]) for session in arrivals]
         await send(workers, "lost worker", "good", turn, routed)
-    sent = run.arm("lost worker", "good")
+    sent = run.measured("lost worker", "good")
     run.print(f"live: worker {lost} of {len(workers)} is shut down before turn {middle}")
     turns = range(len(traffic.arrivals))[:7]
     run.print(f"{'hit rate in turn':<18}" + "".join(f"{turn:>8}" for turn in turns))
-    for name, theirs in (("its sessions", True), ("the others", False)):
-        own = [m for m in sent if (homes[m.session] == lost) is theirs]
-        groups = ([m for m in own if m.request == turn] for turn in turns)
-        run.print(f"{name:<18}" + "".join(f"{f'{hit_rate(group):.0%}' if group else '-':>8}" for group in groups))
+    run.print(f"{'its sessions':<18}{hit_rates([m for m in sent if homes[m.session] == lost], turns)}")
+    run.print(f"{'the others':<18}{hit_rates([m for m in sent if homes[m.session] != lost], turns)}")
+
     moved = [m for m in sent if m.worker != homes[m.session]]
-    run.claim("only the sessions of the lost worker move", {homes[m.session] for m in moved} <= {lost},
-              f"{len({m.session for m in moved})} of {len(homes)} sessions moved")  # fmt: skip
-    cold, later = ([m for m in moved if (m.request == middle) is is_cold] for is_cold in (True, False))
+    only_its_own = all(homes[m.session] == lost for m in moved)
+    evidence = f"{len({m.session for m in moved})} of {len(homes)} sessions moved"
+    run.claim("only the sessions of the lost worker move", only_its_own, evidence)
+    cold, later = [m for m in moved if m.request == middle], [m for m in moved if m.request > middle]
     if later:
-        run.claim("they pay one cold turn", max(map(hit_of, cold)) < min(map(hit_of, later)),
-                  f"{hit_rate(cold):.0%} found in turn {middle}, {hit_rate(later):.0%} later")  # fmt: skip
+        best_cold = max(m.cached_tokens / m.prompt_tokens for m in cold)
+        least_later = min(m.cached_tokens / m.prompt_tokens for m in later)
+        evidence = f"{hit_rate(cold):.0%} found in turn {middle}, {hit_rate(later):.0%} later"
+        run.claim("they pay one cold turn", best_cold < least_later, evidence)
     run.print(f"{len(sent)} of {sum(map(len, traffic.arrivals))} requests answered")
 
 
-def hit_of(m: Measurement) -> float:
-    return m.cached_tokens / m.prompt_tokens
+def hit_rates(measured: list[Measurement], turns: range) -> str:
+    """Return the hit rate of each turn, as the cells of a row."""
+    cells = ""
+    for turn in turns:
+        group = [m for m in measured if m.request == turn]
+        cells += f"{f'{hit_rate(group):.0%}' if group else '-':>8}"
+    return cells
 
 
-# --- workers ---
+# --- the instrument: how it is measured; the same in all four lessons ---
 
-
-async def start_workers(run: Run, longest: int, suffix: int, prompts: int) -> list[Engine]:
-    """Start all workers together, each on its own cores, or on its own GPU where there are enough."""
-    count = run.args.workers
-    gpus, cores = worker_places(run.on_gpu, count)
-    check_memory(run, longest, prompts, sharing=1 if gpus else count)
-
-    def start(worker: int) -> Engine:
-        os.sched_setaffinity(0, cores[worker])  # of this thread, and of the engine that it makes
-        return run.start_engine(longest, suffix, worker, prompts, batch=run.args.sessions)
-
-    with run.timed("engine_start", f"Starting {count} vLLM workers..."):
-        starting = []
-        for worker in range(count):
-            if gpus:
-                os.environ["CUDA_VISIBLE_DEVICES"] = gpus[worker]  # an engine inherits it when it is made
-            before = len(multiprocessing.active_children())
-            starting.append(asyncio.create_task(asyncio.to_thread(start, worker)))
-            while len(multiprocessing.active_children()) == before and not starting[-1].done():
-                await asyncio.sleep(0.05)
-        workers = await asyncio.gather(*starting)
-    with run.timed("warm_up", "Warming up..."):
-        await asyncio.gather(*(engine.warm_up(longest, suffix) for engine in workers))
-    run.engines.sort(key=lambda engine: engine.worker)
-    run.environment |= {"workers": count, "sessions": run.args.sessions, "seed": run.args.seed}
-    run.print_banner()
-    return workers
-
-
-def worker_places(on_gpu: bool, count: int) -> tuple[list[str], list[list[int]]]:
-    """Return a GPU for each worker, or none where they must share one, and the cores of each."""
-    cores = sorted(os.sched_getaffinity(0))
-    if on_gpu:
-        import torch
-
-        every = ",".join(map(str, range(torch.cuda.device_count())))
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-        return gpus[:count] if len(gpus) >= count else [], [cores] * count
-    if count > len(cores):
-        raise UsageError(f"--workers {count} needs as many cores, {len(cores)} are here")
-    each = len(cores) // count
-    return [], [cores[worker * each : (worker + 1) * each] for worker in range(count)]
-
-
-def check_memory(run: Run, longest: int, prompts: int, sharing: int) -> None:
-    """Raise LessonError unless `sharing` workers with the KV of `prompts` prompts fit into what memory is free."""
-    import psutil  # comes with vLLM
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    name = run.engine_args.keywords["model"]
-    try:
-        with torch.device("meta"):  # shapes without numbers
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
-    except (ImportError, ValueError) as error:
-        raise LessonError(f"the size of the model in {name} is not to be found: {telling_line(error)}") from error
-    weights = sum(parameter.numel() for parameter in model.parameters()) * run.dtype_bytes
-    kv = prompts * (longest + OUTPUT_TOKENS) * run.kv_bytes_per_token
-    have = run.gpu_memory or psutil.virtual_memory().available
-    need = sharing * (weights + kv + 2**30)  # and what an engine takes besides
-    if need > have:
-        sizes = f"{sharing} workers need {need / 2**30:.1f} GiB ({kv / 2**30:.1f} GiB of KV cache each)"
-        advice = "take fewer --workers or --sessions, or a smaller --prefix-tokens"
-        raise LessonError(f"{sizes}, {have / 2**30:.1f} GiB are {'there' if run.on_gpu else 'free'}: {advice}")
-
-
-async def lesson(run: Run) -> None:
-    run.load_model(engines=run.args.workers)  # they may have to share a GPU
-    args, dice = run.args, random.Random(run.args.seed)
-    names = [f"session-{n:02}" for n in range(args.sessions)]
-    lengths = {name: dice.randint(max(2, args.requests - 2), args.requests) for name in names}
-    contexts = {name: report(name, args.prefix_tokens, run.count) for name in names}
-    prompts = {name: [run.encode(messages(contexts[name], n)) for n in range(lengths[name])] for name in names}
-    traffic, hot = Traffic(prompts, schedule(lengths, args.seed)), []
-    run.check_template([messages(contexts[names[0]], n) for n in range(args.requests)])
-    if not changes_workers(traffic, args.workers):
-        raise UsageError(f"with --seed {args.seed} round robin takes each session to one worker only, by accident: "
-                         "choose another --seed, or more --sessions")  # fmt: skip
-    if args.deeper:
-        context = report("hot", args.prefix_tokens, run.count)
-        hot = [run.encode(messages(context, n)) for n in range(sum(lengths.values()))]
-    longest = max(map(len, itertools.chain(hot, *prompts.values())))
-    suffix = max(run.suffix(its_prompts) for its_prompts in prompts.values())
-    workers = await start_workers(run, longest, suffix, prompts=2 * args.sessions + 2)
-    with run.timed("measuring"):
-        await pair(run, workers, traffic)
-        if args.deeper:
-            await hot_session(run, workers, traffic, hot)
-            await lost_worker(run, workers, traffic)
-
-
-def main() -> int:
-    parser = lesson_parser(__doc__, requests=5)
-    parser.add_argument("--workers", type=at_least(2), default=2, help="vLLM engines (default: 2)")
-    parser.add_argument("--sessions", type=at_least(2), default=6, help="conversations at the same time (default: 6)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of arrival order and session lengths (default: 0)")
-    args = parser.parse_args()
-    return run_lesson(args, lesson, engines=args.workers)
-
-
-# --- measuring block: the same in all four lessons; tests/test_measuring_block.py holds the copies equal ---
-
-import argparse
-import asyncio
-import contextlib
-import ctypes
 import dataclasses
-import datetime
-import errno
-import fcntl
-import functools
-import gc
-import hashlib
-import importlib.util
 import itertools
-import json
-import math
-import multiprocessing
-import os
-import platform
-import re
-import shutil
-import signal
 import statistics
-import sys
-import tempfile
 import time
-import traceback
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
-from typing import TextIO
+from collections.abc import Iterable, Iterator
 
-HERE = Path(__file__).resolve().parent
 OUTPUT_TOKENS = 64  # the most that a lesson lets a request generate
-SEQUENCES = 16  # the most that an engine computes at once
-GRAPH_TOKENS = 2048  # the longest step that is captured as a CUDA graph: each size takes memory and time
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
-
-
-class LessonError(Exception):
-    """A foreseeable fault, told in one line that says what to do; `status` is 2 for wrong usage."""
-
-    status = 1
-
-
-class UsageError(LessonError):
-    status = 2
-
-
-class EngineError(LessonError):
-    """vLLM failed; the root cause is in its log."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One request. `predicted_cached_tokens` is None only over HTTP, `ttft_ms` only where `error` says why."""
+    """One request: what was sent, what was predicted, what vLLM reported, and what the client's clock showed.
+
+    TTFT is the time from the call to the first streamed output. It has three parts: `client_ms` (tokens in, hashed by
+    block, and out), `waiting_ms` (queued until scheduled), and `step_ms` (the blocks found, and one forward pass). The
+    last two are vLLM's own time stamps.
+    """
 
     experiment: str
     arm: str
@@ -555,26 +577,19 @@ class Measurement:
     worker: int | None
     session: str | None
     prompt_tokens: int
-    cached_tokens: int
-    predicted_cached_tokens: int | None
-    ttft_ms: float | None  # the client's clock, from the call to the first streamed output
-    error: str | None
-    engine_ttft_ms: float | None = None  # the engine's part of it, from queueing to the first token: the two below
-    waiting_ms: float | None = None  # queued until scheduled
-    step_ms: float | None = None  # scheduled until the first token: finding the blocks, and the forward pass
-    client_ms: float | None = None  # the rest: tokens in, hashed by block, and out; a busy engine first ends its step
-    tpot_ms: float | None = None  # decode only: first token to last, per token
+    cached_tokens: int  # vLLM's num_cached_tokens
+    predicted_cached_tokens: int
+    ttft_ms: float
+    error: None = None  # a request over HTTP may have one; one that fails here ends the lesson
+    engine_ttft_ms: float | None = None
+    waiting_ms: float | None = None
+    step_ms: float | None = None
+    client_ms: float | None = None
+    tpot_ms: float | None = None  # decoding: first token to last, per token
 
     @property
     def computed_tokens(self) -> int:
         return self.prompt_tokens - self.cached_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    claim: str
-    holds: bool
-    evidence: str
 
 
 class CacheModel:
@@ -615,54 +630,35 @@ class CacheCounters:
     log_engine_initialized = record_sleep_state = log
 
 
-class WorkerExtension:
-    """What vLLM's worker is asked beyond its own methods: it alone knows what its attention backend takes."""
-
-    def execution(self) -> str:
-        """Say how prefill steps run: kernels replayed as one CUDA graph, or launched one by one."""
-        return "CUDA graphs" if str(self.vllm_config.compilation_config.cudagraph_mode) == "FULL" else "eager"
-
-
 class Engine:
-    """A running vLLM engine with the cache model beside it: prompts go in as token ids, measurements come out."""
+    """vLLM's AsyncLLMEngine with the cache model beside it: token ids go in, measurements come out."""
 
-    def __init__(self, vllm_engine, counters: CacheCounters, worker: int | None) -> None:
+    def __init__(self, vllm_engine, counters: CacheCounters, all_measured: list[Measurement], worker: int | None):
         cache = vllm_engine.vllm_config.cache_config
-        self.vllm_engine, self.counters, self.worker = vllm_engine, counters, worker
+        self.vllm_engine, self.counters, self.all_measured, self.worker = vllm_engine, counters, all_measured, worker
         self.block_size: int = cache.block_size
         self.kv_cache_tokens: int = cache.num_gpu_blocks * cache.block_size
         self.cache_model = CacheModel(self.block_size)
-        self.measurements: list[Measurement] = []
-        self.output_ids: list[int] = []  # what the latest request generated
-        self.execution = "eager"  # "CUDA graphs", where the worker says so
+        self.prompt_tokens = self.cached_tokens = 0  # of all requests, to be held against vLLM's counters
+        self.output = None  # vLLM's RequestOutput of the latest request
 
     async def ask(
-        self,
-        ids: list[int],
-        experiment: str,
-        arm: str,
-        request: int,
-        *,
-        session: str | None = None,
-        salt: str | None = None,
-        max_tokens: int = 1,
-        sample_from: list[int] | None = None,
-    ) -> Measurement:
-        """Predict, send one prompt, read its stream to the end, record both.
+        self, ids: list[int], experiment: str, arm: str, request: int, *, session: str | None = None,
+        salt: str | None = None, **sampling: object,
+    ) -> Measurement:  # fmt: skip
+        """Predict, send one prompt, read its stream to the end, and return both.
 
-        A `salt` keeps equal prompts of different arms apart in the cache. `sample_from` asks for tokens that are drawn
-        from these, from a fixed seed, instead of the likeliest ones.
-        """  # fmt: skip
+        A `salt` keeps equal prompts of different arms apart in the cache. `sampling` are fields of vLLM's
+        SamplingParams beside these: one token, the likeliest, not made into text, which nobody reads here.
+        """
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         predicted, first, output = self.cache_model.cached_tokens(ids, salt), None, None
-        prompt = tokens_input(ids, cache_salt=salt)
-        drawn = dict(temperature=1.0, seed=1, allowed_token_ids=sample_from) if sample_from else dict(temperature=0.0)
-        # Nobody reads the text: to make it would be counted as time to first token.
-        params = SamplingParams(**drawn, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-        start = time.perf_counter()
+        defaults = dict(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+        prompt, params = tokens_input(ids, cache_salt=salt), SamplingParams(**defaults | sampling)
+        sent = time.perf_counter()
         try:
             async for output in self.vllm_engine.generate(prompt, params, str(uuid.uuid4())):  # noqa: B007, read below
                 first = first or time.perf_counter()
@@ -670,22 +666,24 @@ class Engine:
             raise EngineError("the engine died") from error
         if first is None or output is None:
             raise EngineError(f"{experiment}, {arm}, request {request}: the stream ended without a token")
-        self.output_ids = list(output.outputs[0].token_ids)
-        self.cache_model.store(ids + self.output_ids[:-1], salt)  # nothing followed the last token, so it has no KV yet
-        stats, decoded = output.metrics, len(self.output_ids) - 1
-        ttft, engine_ttft = first - start, stats.first_token_ts - stats.queued_ts
-        measurement = Measurement(
-            experiment, arm, request, self.worker, session, len(ids), output.num_cached_tokens, predicted,
-            ttft_ms=ttft * 1000,
-            error=None,
-            engine_ttft_ms=engine_ttft * 1000,
-            waiting_ms=(stats.scheduled_ts - stats.queued_ts) * 1000,
-            step_ms=(stats.first_token_ts - stats.scheduled_ts) * 1000,
-            client_ms=(ttft - engine_ttft) * 1000,
-            tpot_ms=(stats.last_token_ts - stats.first_token_ts) * 1000 / decoded if decoded else None,
-        )  # fmt: skip
-        self.measurements.append(measurement)
-        return measurement
+        self.output, written = output, output.outputs[0].token_ids
+        self.cache_model.store([*ids, *written[:-1]], salt)  # nothing followed the last token, so it has no KV yet
+        self.prompt_tokens += len(ids)
+        self.cached_tokens += output.num_cached_tokens
+        stats, ttft = output.metrics, first - sent
+        engine_ttft, decoding = stats.first_token_ts - stats.queued_ts, stats.last_token_ts - stats.first_token_ts
+        self.all_measured.append(
+            Measurement(
+                *(experiment, arm, request, self.worker, session, len(ids), output.num_cached_tokens, predicted),
+                ttft_ms=ttft * 1000,
+                engine_ttft_ms=engine_ttft * 1000,
+                waiting_ms=(stats.scheduled_ts - stats.queued_ts) * 1000,
+                step_ms=(stats.first_token_ts - stats.scheduled_ts) * 1000,
+                client_ms=(ttft - engine_ttft) * 1000,
+                tpot_ms=decoding * 1000 / (len(written) - 1) if len(written) > 1 else None,
+            )
+        )
+        return self.all_measured[-1]
 
     async def reset(self) -> None:
         """Empty the prefix cache, and the model of it."""
@@ -703,129 +701,123 @@ class Engine:
             ids = [6] * (length - suffix) + [6 + len(times)] * suffix
             times.append((await self.ask(ids, "warm_up", "decoy", len(times))).ttft_ms)
         await self.reset()
-        [self.execution] = await self.vllm_engine.collective_rpc("execution")
-
-    def end(self) -> None:
-        """End vLLM's processes at once, which have nothing left to save, and wait until their memory is free."""
-        processes = self.vllm_engine.engine_core.resources.engine_manager.processes
-        self.vllm_engine.shutdown(timeout=0)
-        for process in processes:
-            process.join()
 
 
-class Run:
-    """One run of a lesson: its arguments, model and engines, and all that it prints and writes."""
+def in_turn(arms: Iterable, n: int) -> list:
+    """Return the arms in the order of round n: bad good, good bad, ..., so that a drifting machine favours neither."""
+    return list(arms) if n % 2 == 0 else list(arms)[::-1]
 
-    def __init__(self, args: argparse.Namespace, terminal: TextIO) -> None:
-        from rich.console import Console
 
-        self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
-        # A row is a row: one of more than 80 columns is seen as such by the tests, not broken into two.
-        self.print = functools.partial(self.console.print, soft_wrap=True)
-        self.engines: list[Engine] = []
-        self.elsewhere: list[Measurement] = []  # measured on something that is no vLLM engine
-        self.claims: list[Claim] = []
-        self.more: dict = {}  # further keys of the JSON
-        self.seconds = dict.fromkeys(("imports", "engine_start", "warm_up", "measuring"), 0.0)
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Return how many leading tokens two prompts share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-    @property
-    def measurements(self) -> list[Measurement]:
-        return [measurement for engine in self.engines for measurement in engine.measurements] + self.elsewhere
 
-    def arm(self, experiment: str, arm: str) -> list[Measurement]:
-        return [m for m in self.measurements if (m.experiment, m.arm) == (experiment, arm)]
+def hit_rate(measured: list[Measurement]) -> float:
+    return sum(m.cached_tokens for m in measured) / sum(m.prompt_tokens for m in measured)
 
-    def claim(self, claim: str, holds: bool, evidence: str) -> None:
-        self.claims.append(Claim(claim, holds, evidence))
 
-    @contextlib.contextmanager
-    def timed(self, what: str, label: str = "") -> Iterator[None]:
-        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
-        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+def median_ms(measured: list[Measurement], what: str = "ttft_ms") -> float:
+    return statistics.median(getattr(m, what) for m in measured)
 
-        start, shown = time.perf_counter(), bool(label) and self.console.is_terminal
-        columns = SpinnerColumn(), label, TimeElapsedColumn()
-        with Progress(*columns, console=self.console, transient=True, disable=not shown) as progress:
-            progress.add_task(label)
-            yield
-        self.seconds[what] += time.perf_counter() - start
 
-    def built_in(self, share: int = 1) -> Path:
-        """Return the built-in model for this device: on a GPU the largest shape that fits into one `share`-th of it."""
-        return HERE / "built_in_model" / (built_in_shape(self.gpu_memory // share) if self.on_gpu else "cpu")
+def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = True) -> str:
+    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart.
 
-    def load_model(self, engines: int = 1) -> None:
-        """Find the model, its tokenizer and its limits for so many engines on one GPU; none is started yet."""
-        args, built_in = self.args, HERE / "built_in_model"
-        if args.model is None and not built_in.is_dir():
-            raise LessonError("the built-in model is not beside this script: give --model a folder or a hub name")
-        name = args.model and find_model(args.model)
-        with self.timed("imports", "Importing vLLM..."):
-            gc.disable()  # imports leave no garbage; to look for it takes a quarter of their time
-            import torch
-            import transformers
-            import vllm
-            from vllm import AsyncEngineArgs, AsyncLLMEngine  # noqa: F401, the engine is imported here, too
-            from vllm.platforms import current_platform
+    The bound is what computing fewer tokens can give at most. Requests that are not `alone` also wait, so have none.
+    """
+    slow, fast = median_ms(bad), median_ms(good)
+    change = f"{milliseconds(slow)} to {milliseconds(fast)}"
+    if slow <= fast:
+        return f"TTFT did not improve ({change}): nothing gained at this prompt length."
+    if min(m.ttft_ms for m in bad) <= max(m.ttft_ms for m in good):
+        return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
+    bound = sum(m.computed_tokens for m in bad) / sum(m.computed_tokens for m in good)
+    most = f" of at most {bound:.0f}x (tokens computed)" if alone else ""
+    return f"TTFT fell from {change}: {slow / fast:.1f}x{most}."
 
-            gc.freeze(), gc.enable()
+
+# --- the plumbing: skip this; the same in all four lessons ---
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import fcntl
+import gc
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from io import TextIOWrapper
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+GRAPH_TOKENS = 2048  # the longest step that is captured as a CUDA graph: each size takes memory and time
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
+
+
+class LessonError(Exception):
+    """A foreseeable fault, told in one line that says what to do; `status` is 2 for wrong usage."""
+
+    status = 1
+
+
+class UsageError(LessonError):
+    status = 2
+
+
+class EngineError(LessonError):
+    """vLLM failed; the root cause is in its log."""
+
+
+class Model:
+    """What is known of a model, and of the machine, before an engine is started. Nothing of it changes."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        import transformers
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+
         if not current_platform.device_type:
             raise LessonError("this vLLM was built for a GPU that does not answer: run `python3 setup_and_test.py`")
         self.on_gpu: bool = not current_platform.is_cpu()
-        self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # of one, in bytes
-        device = current_platform.get_device_name() if self.on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)"
-        name = name or find_model(str(self.built_in(engines)))
-        if args.prefix_tokens is None:
-            args.prefix_tokens = 8000 if self.on_gpu else 4000
-        path = Path(name)
-        real = not path.is_dir() or any(file for pattern in WEIGHT_FILES for file in path.glob(pattern))
+        self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # bytes, of one GPU
+        self.name = find_model(args.model) if args.model else built_in_model(self.gpu_memory // args.workers)
+        folder = Path(self.name)
+        self.label = "/".join(folder.parts[-2:]) if args.model is None or Path(args.model).is_dir() else args.model
+        self.has_weights = not folder.is_dir() or any(list(folder.glob(kind)) for kind in WEIGHT_FILES)
         # Blocks of 32 on a GPU: of 16 twice as many are hashed, of 128 a hit computes a hundred tokens more. "uni": the
-        # model runs in the engine's own process. The utilization is but a check at the start once the size of the cache
-        # is given; 0.1 keeps it out of the way on a shared GPU. No hybrid manager: beside layers of full attention it
-        # would drop what sliding windows have left, a cache of other rules.
-        self.engine_args = functools.partial(
-            AsyncEngineArgs, model=name, load_format="auto" if real else "dummy",
-            enable_prefix_caching=not args.no_prefix_caching, max_num_seqs=SEQUENCES,
+        # model runs in the engine's process. The size of the cache is given, so the utilization is but a check at the
+        # start. No hybrid manager: it would drop what sliding windows have left, a cache of other rules.
+        self.engine_args = dict(
+            model=self.name, load_format="auto" if self.has_weights else "dummy", max_num_seqs=16,
             block_size=args.block_size or (32 if self.on_gpu else None), distributed_executor_backend="uni",
             gpu_memory_utilization=0.1, disable_hybrid_kv_cache_manager=True,
             worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )  # fmt: skip
-        self.takes_graphs: bool = current_platform.is_cuda_alike()
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, mistral_format=False)
-            config = self.engine_args(enforce_eager=True).create_engine_config()
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, mistral_format=False)
+            config = AsyncEngineArgs(**self.engine_args, enforce_eager=True).create_engine_config()
         except (OSError, ValueError) as error:
-            raise LessonError(f"vLLM cannot use the model in {name}: {telling_line(error)}") from error
+            raise LessonError(f"vLLM cannot use the model in {self.name}: {telling_line(error)}") from error
         shape, parallel = config.model_config, config.parallel_config
         if shape.is_hybrid or shape.is_attention_free:
-            raise LessonError(f"{name} is not a full-attention model; its cache hits cannot be predicted here")
-        kinds = shape.hf_text_config.to_dict().get("layer_types") or ()
-        self.window: int | None = None if "full_attention" in kinds else shape.get_sliding_window()
-        heads, layers = shape.get_num_kv_heads(parallel), shape.get_num_layers(parallel)
-        self.dtype_bytes: int = shape.dtype.itemsize
-        self.kv_bytes_per_token = 2 * layers * heads * shape.get_head_size() * self.dtype_bytes
-        self.vocabulary: int = shape.get_vocab_size()
-        self.max_model_len, self.block_size = shape.max_model_len, config.cache_config.block_size
-        if 0 < args.prefix_tokens < 2 * self.block_size:
-            raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * self.block_size} tokens here")
-        self.check_length(args.prefix_tokens)
-        self.environment = {
-            "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "device": device,
-            "model": args.model if args.model and not Path(args.model).is_dir() else f"{path.parent.name}/{path.name}",
-            "weights": "real" if real else "random", "dtype": str(shape.dtype).removeprefix("torch."),
-            "block_size": self.block_size, "prefix_caching_hash_algo": config.cache_config.prefix_caching_hash_algo,
-            "prefix_tokens": args.prefix_tokens, "requests": args.requests,
-            "started_at": f"{datetime.datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
-            "command": " ".join(["python", *(re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:])]),
-            "config_sha256": hashlib.sha256((path / "config.json").read_bytes()).hexdigest() if path.is_dir() else None,
-        }  # fmt: skip
-
-    def whole_blocks(self, tokens: int) -> int:
-        return tokens // self.block_size * self.block_size
-
-    def bar(self, share: float, width: int = 24) -> str:
-        return ("\u2588" if self.console.encoding.startswith("utf") else "#") * round(width * share)
+            raise LessonError(f"{self.name} is not a full-attention model; its cache hits cannot be predicted here")
+        self.block_size: int = config.cache_config.block_size
+        self.hash_algo: str = config.cache_config.prefix_caching_hash_algo
+        self.dtype, self.vocabulary, self.max_model_len = shape.dtype, shape.get_vocab_size(), shape.max_model_len
+        full = "full_attention" in (shape.hf_text_config.to_dict().get("layer_types") or ())
+        self.window: int | None = None if full else shape.get_sliding_window()
+        numbers = 2 * shape.get_num_layers(parallel) * shape.get_num_kv_heads(parallel) * shape.get_head_size()
+        self.kv_bytes_per_token: int = numbers * shape.dtype.itemsize
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -835,166 +827,217 @@ class Run:
 
     def render(self, messages: list[dict], answer: bool = True) -> str:
         """Return a chat as the template writes it, to where the answer begins or the last message ends."""
-        return render(self.tokenizer, messages, answer)
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
 
     def encode(self, messages: list[dict], answer: bool = True) -> list[int]:
         """Return the token ids of a chat; the template writes the special tokens itself."""
         return self.tokens(self.render(messages, answer))
 
-    def check_length(self, prompt: int) -> None:
-        """Raise UsageError where the model takes no prompt of so many tokens, or does not look back as far."""
-        length = prompt + OUTPUT_TOKENS
-        if length > self.max_model_len:
-            limit = f"prompt and answer need {length:,} tokens, the model takes {self.max_model_len:,}"
-            raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens)")
-        if self.window and length > self.window:
-            limit = f"every layer of this model has a sliding window, of {self.window:,} tokens"
-            raise UsageError(f"{limit}: beyond it nothing is predicted; choose a shorter prompt (--prefix-tokens)")
+    def whole_blocks(self, tokens: int) -> int:
+        return tokens // self.block_size * self.block_size
 
-    def check_template(self, conversation: list[list[dict]]) -> None:
-        """Raise LessonError unless the template renders each turn as a prefix of the next, token for token."""
-        for n, (before, after) in enumerate(itertools.pairwise(conversation)):
-            ids, longer = self.encode(before, answer=False), self.encode(after)
-            at = common_prefix(ids, longer)
-            if at < len(ids):
-                where = (
-                    f"turn {n + 1} departs from turn {n} at token {at} ({self.tokenizer.decode(ids[at : at + 8])!r})"
-                )
-                raise LessonError(
-                    f"the model's chat template is not prefix-stable, {where}: no turn finds the one before it; "
-                    "choose a --model whose template leaves old messages as they were"
-                )
+    def kv_bytes(self, prompts: int, tokens: int) -> int:
+        """Return the size of the KV of so many prompts of so many tokens each, in whole blocks."""
+        return prompts * self.whole_blocks(tokens + self.block_size - 1) * self.kv_bytes_per_token
 
     def suffix(self, prompts: list[list[int]]) -> int:
         """Return the most tokens that are computed of a prompt that comes after the one before it."""
         pairs = itertools.pairwise(prompts)
         return max(len(after) - self.whole_blocks(common_prefix(before, after)) for before, after in pairs)
 
-    def start_engine(
-        self, longest: int, suffix: int, worker: int | None = None, prompts: int = 8, batch: int = 1, **more: object
-    ) -> Engine:
-        """Start vLLM so that a prompt is one prefill step and the KV cache holds `prompts` of the longest.
+    def check_length(self, tokens: int) -> None:
+        """Raise UsageError where the model takes no prompt and answer of so many tokens, or looks not back so far."""
+        advice = "choose a shorter prompt (--prefix-tokens)"
+        if tokens > self.max_model_len:
+            needs = f"prompt and answer need {tokens:,} tokens"
+            raise UsageError(f"{needs}, the model takes {self.max_model_len:,}: {advice}")
+        if self.window and tokens > self.window:
+            window = f"every layer of this model has a sliding window, of {self.window:,} tokens"
+            raise UsageError(f"{window}: beyond it nothing is predicted; {advice}")
 
-        On a GPU a step of up to `batch` hits, each of `suffix` tokens, is one replay of a CUDA graph, and nothing is
-        compiled. vLLM narrows that to decoding where the attention lets no prefill be captured, and where it captures
-        nothing vLLM does not start: then prefill runs eagerly, and `execution` says so. `more` are further arguments of
-        vLLM's AsyncEngineArgs. Raises UsageError where the model takes no such prompt, EngineError where vLLM does not
-        start.
+
+class WorkerExtension:
+    """What vLLM's worker is asked beyond its own methods: it alone knows what its attention backend takes."""
+
+    def execution(self) -> str:
+        """Say how prefill steps run: kernels replayed as one CUDA graph, or launched one by one."""
+        return "CUDA graphs" if str(self.vllm_config.compilation_config.cudagraph_mode) == "FULL" else "eager"
+
+
+class Run:
+    """One run of a lesson: its model and engines, and all that it prints, claims and writes."""
+
+    def __init__(self, args: argparse.Namespace, terminal: TextIOWrapper) -> None:
+        from rich.console import Console
+
+        self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
+        self.engines: list[Engine] = []
+        self.measurements: list[Measurement] = []  # in the order of time
+        self.claims: list[dict] = []
+        self.seconds = dict.fromkeys(("imports", "engine_start", "warm_up", "measuring"), 0.0)
+        with self.timed("imports", "Importing vLLM..."):
+            gc.disable()  # imports leave no garbage; to look for it takes a quarter of their time
+            import torch
+            import transformers
+            import vllm
+            from vllm import AsyncLLMEngine  # noqa: F401, the engine is imported here, too
+            from vllm.platforms import current_platform
+
+            gc.freeze(), gc.enable()
+        self.model = model = Model(args)
+        if args.prefix_tokens is None:
+            args.prefix_tokens = 8000 if model.on_gpu else 4000
+        if 0 < args.prefix_tokens < 2 * model.block_size:
+            raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * model.block_size} tokens here")
+        model.check_length(args.prefix_tokens + OUTPUT_TOKENS)
+        command = [re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:]]  # no path of this machine
+        cores = len(os.sched_getaffinity(0))
+        title, config = sys.modules["__main__"].__doc__.splitlines()[0], Path(model.name) / "config.json"
+        self.environment = {
+            "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": sys.version.split()[0], "model": model.label,
+            "device": current_platform.get_device_name() if model.on_gpu else f"CPU ({cores} cores)",
+            "weights": "real" if model.has_weights else "random", "dtype": str(model.dtype).removeprefix("torch."),
+            "block_size": model.block_size, "prefix_caching_hash_algo": model.hash_algo,
+            "prefix_tokens": args.prefix_tokens, "requests": args.requests,
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": " ".join(["python", *command]),
+            "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
+        }  # fmt: skip
+        self.result = {
+            "schema": 1, "lesson": Path(sys.argv[0]).stem, "title": title, "environment": self.environment,
+            "seconds": self.seconds, "measurements": self.measurements, "claims": self.claims,
+        }  # fmt: skip
+
+    def measured(self, experiment: str, arm: str) -> list[Measurement]:
+        return [m for m in self.measurements if (m.experiment, m.arm) == (experiment, arm)]
+
+    def claim(self, claim: str, holds: bool, evidence: str) -> None:
+        self.claims.append({"claim": claim, "holds": holds, "evidence": evidence})
+
+    @contextlib.contextmanager
+    def timed(self, what: str, label: str = "") -> Iterator[None]:
+        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
+        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+        began, hidden = time.perf_counter(), not (label and self.console.is_terminal)
+        columns = SpinnerColumn(), label, TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+            progress.add_task(label)
+            yield
+        self.seconds[what] += time.perf_counter() - began
+
+    def start_engine(self, graph_tokens: int, worker: int | None = None, **arguments: object) -> Engine:
+        """Start vLLM with these `arguments` of its AsyncEngineArgs beside those of all lessons.
+
+        On a GPU a step of up to `graph_tokens` is one replay of a CUDA graph, and nothing is compiled; where vLLM can
+        capture nothing, it runs eagerly. Raises UsageError for a prompt that is too long, or EngineError.
         """
-        from vllm import AsyncLLMEngine
+        from vllm import AsyncEngineArgs, AsyncLLMEngine
+        from vllm.platforms import current_platform
 
-        self.check_length(longest)
-        length = longest + OUTPUT_TOKENS
-        kv_bytes = prompts * math.ceil(length / self.block_size) * self.block_size * self.kv_bytes_per_token
-        counters = CacheCounters()
-        sizes = dict(max_model_len=length, max_num_batched_tokens=length, kv_cache_memory_bytes=kv_bytes)
-        capture = graph_sizes(batch * suffix)  # of these vLLM leaves out what no step can reach
-        graphs = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture}
-        ways = [{"enforce_eager": False, "compilation_config": graphs}] if self.takes_graphs else []
-        for way in [*ways, {"enforce_eager": True}]:
+        self.model.check_length(arguments["max_model_len"])
+        counters, capture, eager = CacheCounters(), graph_sizes(graph_tokens), {"enforce_eager": True}
+        graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": capture}}
+        for way in [graphs, eager] if current_platform.is_cuda_alike() else [eager]:
             try:
-                config = self.engine_args(**sizes | way | more).create_engine_config()
+                config = AsyncEngineArgs(**self.model.engine_args | arguments | way).create_engine_config()
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported here need not be once more
                 vllm_engine = AsyncLLMEngine.from_vllm_config(config, stat_loggers=[lambda *_: counters])
                 break
             except (OSError, RuntimeError, ValueError) as error:
-                if way["enforce_eager"]:
+                if way is eager:
                     raise EngineError("vLLM did not start") from error
-        engine = Engine(vllm_engine, counters, worker)
+        engine = Engine(vllm_engine, counters, self.measurements, worker)
         self.engines.append(engine)
-        if engine.block_size != self.block_size:  # some backends decide only once the engine is there
+        if engine.block_size != self.model.block_size:  # some backends decide only once the engine is there
             raise UsageError(f"this device wants other blocks: add --block-size {engine.block_size}")
         return engine
 
-    async def open_engine(self, longest: int, suffix: int, **more: object) -> Engine:
-        """Start one engine, warm it up, and print what the numbers will depend on."""
-        with self.timed("engine_start", "Starting vLLM..."):
-            engine = self.start_engine(longest, suffix, **more)
-        with self.timed("warm_up", "Warming up..."):
-            await engine.warm_up(longest, suffix)
-        self.print_banner()
-        return engine
+    def end_engine(self, engine: Engine) -> None:
+        """End vLLM's processes at once, which have nothing left to save, and wait until their memory is free."""
+        processes = engine.vllm_engine.engine_core.resources.engine_manager.processes
+        engine.vllm_engine.shutdown(timeout=0)
+        for process in processes:
+            process.join()
 
-    def print_banner(self) -> None:
-        engine = self.engines[0]
-        self.environment |= {"kv_cache_tokens": engine.kv_cache_tokens, "execution": engine.execution}
-        engine_line = (
-            "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens"
+    async def warm_up(self, length: int, suffix: int) -> None:
+        """Warm up all engines at once, and print what the numbers will depend on."""
+        with self.timed("warm_up", "Warming up..."):
+            await asyncio.gather(*(engine.warm_up(length, suffix) for engine in self.engines))
+        [execution] = await self.engines[0].vllm_engine.collective_rpc("execution")
+        self.environment |= {"kv_cache_tokens": self.engines[0].kv_cache_tokens, "execution": execution}
+        banner = (
+            "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n"
+            "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens, "
+            "{execution}\nimports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
         )
-        self.console.print(  # names of models and devices may be long: this may wrap
-            "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n".format_map(self.environment)
-            + (engine_line + ", {execution}").format_map(self.environment)
-        )
-        seconds = "imports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
-        self.print(seconds.format_map(self.seconds))
+        self.console.print(banner.format_map(self.environment | self.seconds))  # names may be long: this may wrap
+
+    def print(self, text: str, **options: object) -> None:
+        """Print a row as one row: where it has more than 80 columns, the tests see it."""
+        self.console.print(text, soft_wrap=True, **options)
+
+    def bar(self, share: float, width: int) -> str:
+        return ("\u2588" if self.console.encoding.startswith("utf") else "#") * round(width * share)
 
     def print_pair_head(self, bad: str, good: str) -> None:
         columns = f"{'TTFT':>8}{'cached / prompt':>17}{'predicted':>10}"
         self.print(f"{'':7}[bold red]{'BAD: ' + bad:<37}[bold green]GOOD: {good}")
         self.print(f"{'':7}{columns}  {columns}")
 
-    def print_pair(self, request: int, bad: Measurement, good: Measurement) -> None:
-        self.print(f"{request:<3}{'fill' if request == 0 else '':4}{cells(bad)}  {cells(good)}")
+    def print_pair(self, request: int, *pair: Measurement) -> None:
+        row = f"{request:<3}{'' if request else 'fill':4}"
+        for m in pair:
+            counts = f"{m.cached_tokens:>8,} / {m.prompt_tokens:<6,}{m.predicted_cached_tokens:>10,}"
+            row += f"{milliseconds(m.ttft_ms):>8}{counts}  "
+        self.print(row.rstrip())
 
-    def print_comparison(self, bad: list[Measurement], good: list[Measurement]) -> None:
+    def print_comparison(self, *arms: list[Measurement]) -> None:
         rows = {
-            "hit rate (cached / prompt tokens)": lambda arm: f"{hit_rate(arm):.1%}",
-            "tokens computed": lambda arm: f"{sum(m.computed_tokens for m in arm):,}",
-            "TTFT, median": lambda arm: milliseconds(statistics.median(m.ttft_ms for m in arm)),
-            "TTFT, range": ttft_range,
+            "hit rate (cached / prompt tokens)": [f"{hit_rate(arm):.1%}" for arm in arms],
+            "tokens computed": [f"{sum(m.computed_tokens for m in arm):,}" for arm in arms],
+            "TTFT, median": [milliseconds(median_ms(arm)) for arm in arms],
+            "TTFT, range": [ttft_range(arm) for arm in arms],
         }
         self.print(f"\n[bold]{'without request 0':<36}{'bad':>20}{'good':>20}")
-        for name, cell in rows.items():
-            self.print(f"{name:<36}{cell(bad):>20}{cell(good):>20}")
+        for name, (bad, good) in rows.items():
+            self.print(f"{name:<36}{bad:>20}{good:>20}")
 
     def print_break(self, which: str, before: list[int], after: list[int]) -> None:
         """Show where two prompts first differ, and which blocks that costs."""
-        at, blocks = common_prefix(before, after), len(after) // self.block_size
-        lost = blocks - at // self.block_size
+        at, blocks = common_prefix(before, after), len(after) // self.model.block_size
+        lost = blocks - at // self.model.block_size
         self.print(f"\n{which} first differ at token {at:,} of {len(after):,}: {lost} of {blocks} blocks lost")
         for ids in (before, after):
-            text = repr(self.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
+            text = repr(self.model.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
             self.print(f"  {text if len(text) <= 78 else f'...{text[-75:]}'}", markup=False)
 
     def finish(self) -> int:
         """Check every prediction, print the failed claims, write the JSON, and return the exit status."""
-        measured = self.measurements
-        wrong = [m for m in measured if m.cached_tokens != m.predicted_cached_tokens]
-        evidence = f"{len(measured) - len(wrong)} of {len(measured)} requests"
+        wrong = [m for m in self.measurements if m.cached_tokens != m.predicted_cached_tokens]
+        evidence = f"{len(self.measurements) - len(wrong)} of {len(self.measurements)} requests"
         for m in wrong[:1]:
             where = f"{m.experiment}, {m.arm}, request {m.request}"
             evidence += f"; first in {where}: {m.cached_tokens:,} cached, {m.predicted_cached_tokens:,} predicted"
         self.claim("predicted = measured cached tokens on every request", not wrong, evidence)
         counted = sum(e.counters.hits for e in self.engines), sum(e.counters.queries for e in self.engines)
-        asked = [m for e in self.engines for m in e.measurements]
-        summed = sum(m.cached_tokens for m in asked), sum(m.prompt_tokens for m in asked)
-        evidence = f"hits / queries {counted[0]:,} / {counted[1]:,}; requests {summed[0]:,} / {summed[1]:,}"
+        summed = sum(e.cached_tokens for e in self.engines), sum(e.prompt_tokens for e in self.engines)
+        evidence = "hits / queries {:,} / {:,}; requests {:,} / {:,}".format(*counted, *summed)
         self.claim("vLLM's own counters agree with the requests", counted == summed, evidence)
-        failed = [claim for claim in self.claims if not claim.holds]
+        failed = [claim for claim in self.claims if not claim["holds"]]
         for claim in failed:
-            self.console.print(f"\n[bold red]FAILED[/]: {claim.claim}\n  {claim.evidence}")
+            self.console.print(f"\n[bold red]FAILED[/]: {claim['claim']}\n  {claim['evidence']}")
         held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
         self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s")
         if self.args.json:
-            lesson = sys.modules["__main__"].__doc__.splitlines()[0]
-            content = {"schema": 1, "lesson": Path(sys.argv[0]).stem, "title": lesson, "environment": self.environment}
-            content |= {"seconds": self.seconds, "measurements": measured, "claims": self.claims} | self.more
-            write_json(self.args.json, content)
+            write_json(self.args.json, self.result)
         return 1 if failed else 0
-
-
-def render(tokenizer, messages: list[dict], answer: bool = True, **variables: object) -> str:
-    """Return a chat as text; `variables` are further ones of the template, like tools."""
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False, **variables)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
-
-
-def cells(m: Measurement) -> str:
-    return f"{milliseconds(m.ttft_ms):>8}{m.cached_tokens:>8,} / {m.prompt_tokens:<6,}{m.predicted_cached_tokens:>10,}"
 
 
 def milliseconds(value: float) -> str:
@@ -1004,41 +1047,17 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 
-def ttft_range(measurements: list[Measurement]) -> str:
-    return "{:,.1f} - {:,.1f} ms".format(*(f(m.ttft_ms for m in measurements) for f in (min, max)))
+def ttft_range(measured: list[Measurement]) -> str:
+    return f"{min(m.ttft_ms for m in measured):,.1f} - {max(m.ttft_ms for m in measured):,.1f} ms"
 
 
-def hit_rate(measurements: list[Measurement]) -> float:
-    return sum(m.cached_tokens for m in measurements) / sum(m.prompt_tokens for m in measurements)
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Return how many leading tokens two prompts share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = True) -> str:
-    """Say what TTFT did and no more: a speed-up only where the two ranges lie apart.
-
-    The bound is what computing fewer tokens can give at most. Requests that are not `alone` also wait, so have none.
-    """
-    slow, fast = ([m.ttft_ms for m in arm] for arm in (bad, good))
-    change = f"{milliseconds(statistics.median(slow))} to {milliseconds(statistics.median(fast))}"
-    if statistics.median(slow) <= statistics.median(fast):
-        return f"TTFT did not improve ({change}): nothing gained at this prompt length."
-    if min(slow) <= max(fast):
-        return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
-    factor = statistics.median(slow) / statistics.median(fast)
-    bound = sum(m.computed_tokens for m in bad) / sum(m.computed_tokens for m in good)
-    return f"TTFT fell from {change}: {factor:.1f}x" + (
-        f" of at most {bound:.0f}x (tokens computed)." if alone else "."
-    )
-
-
-def built_in_shape(memory: int) -> str:
-    """Return the largest built-in shape for so many bytes: weights, KV cache and work space, with room to spare."""
-    gib = memory / 2**30
-    return "7b" if gib >= 39 else "1.5b" if gib >= 11 else "0.5b"  # cards of 40 and 12 GiB have a little less to show
+def built_in_model(gpu_memory: int) -> str:
+    """Return the folder of the largest built-in model for so many bytes of a GPU, with room to spare; 0: for a CPU."""
+    gib = gpu_memory / 2**30  # cards of 40 and 12 GiB have a little less to show
+    shape = "7b" if gib >= 39 else "1.5b" if gib >= 11 else "0.5b" if gib else "cpu"
+    if not (HERE / "built_in_model").is_dir():
+        raise LessonError("the built-in model is not beside this script: give --model a folder or a hub name")
+    return str(HERE / "built_in_model" / shape)
 
 
 def graph_sizes(longest: int) -> list[int]:
@@ -1057,17 +1076,15 @@ def find_model(name: str) -> str:
         return str(Path(name).resolve())
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise LessonError(f"no model in {name}: give --model a folder, or a hub name like Qwen/Qwen2.5-1.5B-Instruct")
-    from huggingface_hub import constants, get_token, snapshot_download
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
 
-    headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
-    url = f"{constants.ENDPOINT}/{name}/resolve/main/config.json"
-    try:  # the libraries below retry for a minute; this does not
-        urllib.request.urlopen(urllib.request.Request(url, headers=headers, method="HEAD"), timeout=10).close()
+    try:  # what asks the hub later takes a minute to find out that it is not there
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
         return name
-    except OSError as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-            advice = "check the name, or run `hf auth login`"
-            raise LessonError(f"the hub answers {error.code} for {name}: {advice}") from error
+    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+            answer = f"the hub answers {error.response.status_code} for {name}"
+            raise LessonError(f"{answer}: check the name, or run `hf auth login`") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:
@@ -1102,7 +1119,7 @@ def write_json(path: Path, content: dict) -> None:
 def json_path(name: str) -> Path:
     try:
         if Path(name).exists() and not Path(name).is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
+            raise OSError(0, "it is no regular file")
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error
@@ -1118,55 +1135,40 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line that shows its `doc` as it is, and takes no empty value: an unset variable of a shell is one."""
-
-    def __init__(self, doc: str, **options: object) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        for word in sys.argv[1:] if args is None else args:
-            if not word or (word.startswith("--") and word.endswith("=")):
-                self.error("there is an empty value among the arguments")  # none is repeated: it may be a key
-        return super().parse_known_args(args, namespace)
-
-
-def engine_parser(doc: str) -> argparse.ArgumentParser:
-    """Return the command line of everything that starts an engine."""
-    parser = Parser(doc)
+def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
+    """Return the command line that all lessons share; `requests` is this lesson's default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(workers=1)  # engines at the same time
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
+    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
+    text = f"requests per arm; 0 fills the cache (default: {requests})"
+    add("--requests", type=at_least(2), default=requests, help=text)
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
+    add("--deeper", action="store_true", help="add this lesson's further experiments")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
     add("--check-options", action="store_true", help=argparse.SUPPRESS)  # by the runner, which knows none of them
     return parser
 
 
-def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
-    """Return the command line that all lessons share; `requests` is this lesson's default."""
-    parser = engine_parser(doc)
-    add = parser.add_argument
-    add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
-    add(
-        "--requests",
-        type=at_least(2),
-        default=requests,
-        help=f"requests per arm; 0 fills the cache (default: {requests})",
-    )
-    add("--deeper", action="store_true", help="add this lesson's further experiments")
-    return parser
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the values of the command line. An empty one is refused: an unset variable of a shell is one."""
+    if any(not word or (word.startswith("--") and word.endswith("=")) for word in sys.argv[1:]):
+        parser.error("there is an empty value among the arguments")  # none is repeated: it may be a key
+    return parser.parse_args()
 
 
 def use_python_with_vllm() -> None:
     """Go on in the .venv beside the lesson where this Python has no vLLM."""
+    script = Path(sys.argv[0]).name
     if sys.version_info < (3, 11):
-        raise LessonError(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
+        sys.exit(f"{script}: error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     venv = HERE / ".venv"
     if importlib.util.find_spec("vllm") is None:
         if not (venv / "complete").is_file() or Path(sys.prefix).resolve() == venv.resolve():
-            raise LessonError(f"no vLLM in {sys.executable}: run `python3 setup_and_test.py` first")
+            sys.exit(f"{script}: error: no vLLM in {sys.executable}: run `python3 setup_and_test.py` first")
         os.execv(venv / "bin" / "python", [str(venv / "bin" / "python"), *sys.orig_argv[1:]])
 
 
@@ -1180,100 +1182,76 @@ def end_with_parent(parent: int, libc: ctypes.CDLL) -> None:
         os._exit(1)
 
 
-def prepare_process(engines: int = 1) -> Path:
+def prepare_process(engines: int) -> Path:
     """Make this process fit to start `engines` engines; return its folder, which a lock keeps from being removed.
 
     Folders of runs that were killed are removed. A process of this one's making ends with it.
     """
     for left in Path(tempfile.gettempdir()).glob("kv-lesson-*/"):
         with contextlib.suppress(OSError):  # another user's, in use, or gone by now
-            descriptor = os.open(left, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
-            finally:
-                os.close(descriptor)
+            fcntl.flock(os.open(left, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
     folder = Path(tempfile.mkdtemp(prefix="new-kv-lesson-"))  # not to be taken for an old one before it is locked
     fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
     folder = folder.rename(folder.with_name(folder.name.removeprefix("new-")))
-    forked_by: list[int] = []  # an engine may fork in its turn
-    libc = ctypes.CDLL(None)
-    os.register_at_fork(
-        before=lambda: forked_by.append(os.getpid()), after_in_child=lambda: end_with_parent(forked_by[-1], libc)
-    )
+    libc, forked_by = ctypes.CDLL(None), []  # an engine may fork in its turn
+    os.register_at_fork(before=lambda: forked_by.append(os.getpid()))
+    os.register_at_fork(after_in_child=lambda: end_with_parent(forked_by[-1], libc))
     # Several engines share the cores; one alone leaves one to the client, as vLLM does where it binds threads itself.
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores - 1 if engines == 1 else cores // engines)
     # Without vLLM's multiprocessing of its own the CPU platform, too, lets the model run in the engine's process.
-    os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0")
-    os.environ.update(TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0", TMPDIR=str(folder))
+    os.environ.update(VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
     tempfile.tempdir = str(folder)
     return folder
 
 
-def leave(folder: Path | None) -> None:
-    """End the engines that are left, which write into `folder`, and remove it."""
-    for engine in multiprocessing.active_children():
-        engine.kill(), engine.join()
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]], engines: int = 1) -> int:
-    """Run a lesson of `engines` engines with their output in a log file, and return the exit status."""
+def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]]) -> int:
+    """Run a lesson with its engines' output in a log file, and return the exit status."""
     if args.check_options:
         return 0
-    script, pid, folder = Path(sys.argv[0]).name, os.getpid(), None
+    use_python_with_vllm()
+    folder, pid = prepare_process(args.workers), os.getpid()
     out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
     err = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace")
+
+    def leave() -> None:
+        for engine in multiprocessing.active_children():  # they write into the folder
+            engine.kill(), engine.join()
+        shutil.rmtree(folder, ignore_errors=True)
 
     def stop(signum: int, _: object) -> None:
         if os.getpid() == pid:  # an engine that is just being made has this handler, too
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")
-            leave(folder)
+            leave()
         os._exit(128 + signum)
-
-    async def measure() -> int:
-        try:
-            await lesson(run)
-            return run.finish()
-        finally:
-            for engine in run.engines:
-                engine.end()
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop)
+    log = folder / "engine.log"
+    with log.open("wb") as file:
+        for stream in () if args.verbose else (1, 2):
+            os.dup2(file.fileno(), stream)
     try:
-        use_python_with_vllm()
-        folder = prepare_process(engines)
-        log = folder / "engine.log"
-        if not args.verbose:
-            with log.open("wb") as file:
-                os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-            sys.excepthook = functools.partial(traceback.print_exception, file=err)  # a bug is shown all the same
         run = Run(args, out)
-        status = asyncio.run(measure())
-    except EngineError as error:
-        kept = log.exists() and shutil.copy(log, folder.with_suffix(".log"))
-        cause = root_cause(error, log.read_text(errors="replace") if kept else "")
-        see = f" (the engine's log: {kept})" if kept else ""
-        print(f"{script}: error: {error}: {cause}{see}", file=err, flush=True)
-        return error.status
+        asyncio.run(lesson(run))
+        status = run.finish()
     except LessonError as error:
-        print(f"{script}: error: {error}", file=err, flush=True)
-        return error.status
+        told, status = str(error), error.status
+        if isinstance(error, EngineError):
+            told += f": {root_cause(error, log.read_text(errors='replace'))}"
+            told += "" if args.verbose else f" (the engine's log: {shutil.copy(log, folder.with_suffix('.log'))})"
+        print(f"{Path(sys.argv[0]).name}: error: {told}", file=err, flush=True)
     finally:
-        leave(folder)
+        leave()
+        os.dup2(err.fileno(), 2)  # a bug's traceback is shown
     out.flush()
     os._exit(status)  # all is written; to take an interpreter with vLLM in it apart takes two seconds
 
 
 if "__mp_main__" in sys.modules:  # an engine's process that was not forked but spawned
     end_with_parent(os.getppid(), ctypes.CDLL(None))
-
-
-# --- end of the measuring block ---
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,54 +7,81 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import sys
-import tempfile
-from pathlib import Path
 
+from append_only_vs_inplace_edit import price
 from session_consistency import (
     ANSWER,
     HERE,
     INSTRUCTIONS,
+    OUTPUT_TOKENS,
     QUESTIONS,
     WEIGHT_FILES,
+    CacheModel,
+    Engine,
     EngineError,
     LessonError,
+    Measurement,
+    Run,
     UsageError,
     at_least,
+    common_prefix,
     find_model,
     hit_rate,
+    in_turn,
+    json_path,
+    lesson_parser,
     milliseconds,
     p90,
+    parse,
     report,
     root_cause,
+    run_lesson,
     schedule,
+    telling_line,
     time_verdict,
     use_python_with_vllm,
     worker_places,
     write_json,
 )
+from stable_prefix_vs_timestamp import good_messages, system_prompt
 
 __all__ = [
     "ANSWER",
     "HERE",
     "INSTRUCTIONS",
+    "OUTPUT_TOKENS",
     "QUESTIONS",
     "WEIGHT_FILES",
+    "CacheModel",
     "Claim",
+    "Engine",
     "EngineError",
     "LessonError",
+    "Measurement",
     "Parser",
+    "Run",
     "UsageError",
     "at_least",
+    "common_prefix",
+    "engine_parser",
     "find_model",
+    "good_messages",
     "hit_rate",
+    "in_turn",
     "json_path",
+    "lesson_parser",
     "milliseconds",
     "p90",
+    "parse",
+    "price",
+    "render",
     "report",
     "root_cause",
+    "run_lesson",
     "schedule",
+    "system_prompt",
+    "telling_line",
     "time_verdict",
     "use_python_with_vllm",
     "worker_places",
@@ -85,13 +112,25 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def json_path(name: str) -> Path:
-    """Return the path of a file that can be written; argparse reports the error of any other."""
-    path = Path(name)
+def engine_parser(doc: str) -> Parser:
+    """Return the command line of a tool that starts one engine and brings prompts of its own."""
+    parser = Parser(doc)
+    # What lessons have options for: the prompts' length is their own, and so is their number.
+    parser.set_defaults(workers=1, prefix_tokens=0, requests=None, deeper=False, check_options=False)
+    add = parser.add_argument
+    add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
+    add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
+    add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
+    add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
+    add("--verbose", action="store_true", help="show the engine's own log")
+    return parser
+
+
+def render(tokenizer, messages: list[dict], **variables: object) -> str:
+    """Return a chat as text, to where the answer begins; `variables` are further ones of the template, like tools."""
+    from jinja2 import TemplateError
+
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error
-    return path
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error

@@ -32,9 +32,9 @@ import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
-from stable_prefix_vs_timestamp import (
+from going_further.common import (
     OUTPUT_TOKENS,
     CacheModel,
     Engine,
@@ -43,12 +43,14 @@ from stable_prefix_vs_timestamp import (
     UsageError,
     common_prefix,
     good_messages,
+    in_turn,
     lesson_parser,
     milliseconds,
+    parse,
     run_lesson,
     system_prompt,
     time_verdict,
-)  # fmt: skip
+)
 
 SCHEDULER = "going_further.pinning_scheduler.PinningScheduler"
 SHARE = 0.4  # of the cache may be pinned: enough for one prefix of a third of it, not for two
@@ -70,15 +72,16 @@ class Prompts:
 
 def plan(run: Run) -> Prompts:
     """Make the prompts, and a cache of which the prefix is a third. UsageError where the questions are too long."""
-    text = system_prompt(run.args.prefix_tokens, run.count)
+    model = run.model
+    text = system_prompt(run.args.prefix_tokens, model.count)
     other = f"You work for another shop, in another country.\n{text}"
-    system = [run.encode(good_messages(text, n)) for n in range(4)]
-    tenant = [run.encode(good_messages(other, n)) for n in range(2)]
+    system = [model.encode(good_messages(text, n)) for n in range(4)]
+    tenant = [model.encode(good_messages(other, n)) for n in range(2)]
     pin = system[0][: min(common_prefix(system[0], ids) for ids in system[1:])]
-    prefix, longest = len(pin) // run.block_size, max(map(len, system + tenant)) + OUTPUT_TOKENS
-    if prefix < 2 or longest > 2 * prefix * run.block_size:
+    prefix, longest = len(pin) // model.block_size, max(map(len, system + tenant)) + OUTPUT_TOKENS
+    if prefix < 2 or longest > 2 * prefix * model.block_size:
         raise UsageError("the questions are as long as the system prompt: choose a larger --prefix-tokens")
-    return Prompts(system, tenant, pin, prefix, 3 * prefix, len(tenant[0]) // run.block_size, run.tokens(text))
+    return Prompts(system, tenant, pin, prefix, 3 * prefix, len(tenant[0]) // model.block_size, model.tokens(text))
 
 
 class EvictingCache(CacheModel):
@@ -107,30 +110,18 @@ class EvictingCache(CacheModel):
         self.queue = [block for block in self.queue if block not in self.pinned]
 
 
-class Client:
-    """vLLM's client, with what the next request asks of the scheduler, and what the scheduler answered."""
-
-    def __init__(self, vllm_engine) -> None:
-        self.vllm_engine, self.asks, self.answer = vllm_engine, {}, None
-
-    def __getattr__(self, name: str):
-        return getattr(self.vllm_engine, name)
-
-    async def generate(self, prompt: dict, params, request_id: str) -> AsyncIterator:
-        params.extra_args = self.asks
-        async for output in self.vllm_engine.generate(prompt, params, request_id):
-            yield output
-        self.answer = (output.kv_transfer_params or {}).get("pinning")
-
-
-class Bench:
+class Demonstration:
     """The engine and its prompts. Keeps the cache model in step with the pins, and the scheduler's answers."""
 
     def __init__(self, run: Run, engine: Engine, prompts: Prompts) -> None:
-        engine.vllm_engine = Client(engine.vllm_engine)
         self.run, self.engine, self.prompts = run, engine, prompts
         self.withheld: dict[str, set[int]] = {arm: set() for arm in ARMS}  # blocks, by what the scheduler answered
         self.reset_while_pinned: set[bool] = set()
+
+    @property
+    def answer(self) -> dict | None:
+        """What the scheduler answered to the latest request, None where it had nothing to say."""
+        return (self.engine.output.kv_transfer_params or {}).get("pinning")
 
     async def fresh(self) -> None:
         """Empty the cache; the model of it starts anew, with an end."""
@@ -138,8 +129,8 @@ class Bench:
         self.engine.cache_model = EvictingCache(self.engine.block_size, self.prompts.capacity)
 
     async def ask(self, ids: list[int], experiment: str, arm: str, request: int, **asks: object) -> Measurement:
-        self.engine.vllm_engine.asks = asks
-        return await self.engine.ask(ids, experiment, arm, request)
+        """Send a request; `asks` is what it asks of the scheduler."""
+        return await self.engine.ask(ids, experiment, arm, request, extra_args=asks)
 
     async def ask_system(self, which: int, experiment: str, arm: str, request: int) -> Measurement:
         """Ask under the system prompt; the good arm asks for the pin each time, as an application would."""
@@ -147,15 +138,14 @@ class Bench:
         measurement = await self.ask(ids, experiment, arm, request, **asks)
         if asks:
             self.engine.cache_model.pin(self.prompts.pin)
-        answer = self.engine.vllm_engine.answer
-        self.withheld[arm].add(answer["withheld_blocks"] if answer else 0)
+        self.withheld[arm].add(self.answer["withheld_blocks"] if self.answer else 0)
         return measurement
 
     def flood(self, blocks: int, number: int) -> Iterator[list[int]]:
         """Yield unique requests that fill `blocks` blocks: each some whole ones, and a token, so that all are found."""
         each, size = max(1, self.prompts.prefix // 4), self.engine.block_size
         for n, begin in enumerate(range(0, blocks, each)):
-            ids = self.run.tokens(f"{number + n} is the number of this ticket.\n") + self.prompts.ticket
+            ids = self.run.model.tokens(f"{number + n} is the number of this ticket.\n") + self.prompts.ticket
             yield ids[: min(each, blocks - begin) * size + 1]
 
     async def ask_all(self, requests: list[list[int]], experiment: str, arm: str, request: int) -> None:
@@ -186,115 +176,135 @@ class Bench:
         return measured
 
 
-async def rounds(run: Run, bench: Bench) -> None:
-    """Measure the arms round by round in ABBA order, print the tables, and judge the token counts."""
+async def rounds(run: Run, demonstration: Demonstration) -> None:
+    """Measure the arms round by round, print the tables, and judge the token counts."""
     run.print_pair_head("no pin is asked for", "a pin is asked for")
     for n in range(run.args.requests):
-        run.print_pair(n, **{arm: await bench.round(arm, n) for arm in (ARMS, ARMS[::-1])[n % 2]})
-    bad, good = (run.arm("main", arm)[1:] for arm in ARMS)
+        measured = {}
+        for arm in in_turn(ARMS, n):
+            measured[arm] = await demonstration.round(arm, n)
+        run.print_pair(n, measured["bad"], measured["good"])
+    bad, good = run.measured("main", "bad")[1:], run.measured("main", "good")[1:]
     run.print_comparison(bad, good)
 
-    prefix, owned = bench.prompts.prefix, bench.prompts.tenant_blocks
-    known, kept = (common_prefix(*p[:2]) // run.block_size for p in (bench.prompts.system, bench.prompts.tenant))
-    withheld = {arm: max(blocks) for arm, blocks in bench.withheld.items()}
+    prompts, withheld, size = demonstration.prompts, demonstration.withheld, run.model.block_size
     run.print(f"\n[bold]{'per round: tokens found, total TTFT':<36}{'bad':>20}{'good':>20}")
-    run.print(f"{'blocks withheld':<36}{withheld['bad']:>20}{withheld['good']:>20}")
-    before = print_found(run, "system prompt, before the flood", "before the flood")
-    flood = print_found(run, "the flood, asked once more", "flood again")
-    tenant = print_found(run, "a tenant, after a smaller flood", "tenant")
+    run.print(f"{'blocks withheld':<36}{max(withheld['bad']):>20}{max(withheld['good']):>20}")
+    before_bad, before_good = print_found(run, "system prompt, before the flood", "before the flood")
+    flood_bad, flood_good = print_found(run, "the flood, asked once more", "flood again")
+    tenant_bad, tenant_good = print_found(run, "a tenant, after a smaller flood", "tenant")
 
     def claim(text: str, found: list[int], blocks: int) -> None:
-        expected = blocks * run.block_size
+        expected = blocks * size
         run.claim(text, set(found) == {expected}, f"{min(found):,} to {max(found):,} tokens, {expected:,} expected")
 
-    claim("before the flood both arms find the system prompt", [*before[0], *before[1]], known)
+    known = common_prefix(*prompts.system[:2]) // size
+    kept = common_prefix(*prompts.tenant) // size
+    fewer = [without - beside for without, beside in zip(flood_bad, flood_good, strict=True)]
+    claim("before the flood both arms find the system prompt", before_bad + before_good, known)
     claim("without a pin nothing of it is left after the flood", [m.cached_tokens for m in bad], 0)
-    claim("with a pin all its whole blocks are left", [m.cached_tokens for m in good], prefix)
-    claim("the flood finds as many blocks fewer as are withheld", [b - g for b, g in zip(*flood, strict=True)], prefix)
-    claim("without a pin the tenant keeps its whole prefix", tenant[0], kept)
-    claim("beside a pin the tenant loses as many blocks as are withheld", tenant[1], owned - prefix)
-    run.claim("no pin withholds nothing, a pin its prefix once, however often it is asked for",
-              bench.withheld == {"bad": {0}, "good": {prefix}}, f"blocks withheld: {bench.withheld}")  # fmt: skip
-    run.claim("the cache is not reset while a prefix is pinned", bench.reset_while_pinned == {False},
-              f"reset_prefix_cache() returned {bench.reset_while_pinned}")  # fmt: skip
-    run.print(f"\nThe pin withholds {withheld['good']} of {bench.prompts.capacity} blocks from everybody else.")
+    claim("with a pin all its whole blocks are left", [m.cached_tokens for m in good], prompts.prefix)
+    claim("the flood finds as many blocks fewer as are withheld", fewer, prompts.prefix)
+    claim("without a pin the tenant keeps its whole prefix", tenant_bad, kept)
+    beside_pin = prompts.tenant_blocks - prompts.prefix
+    claim("beside a pin the tenant loses as many blocks as are withheld", tenant_good, beside_pin)
+    once = withheld == {"bad": {0}, "good": {prompts.prefix}}
+    text = "no pin withholds nothing, a pin its prefix once, however often it is asked for"
+    run.claim(text, once, f"blocks withheld: {withheld}")
+    never_reset = demonstration.reset_while_pinned == {False}
+    evidence = f"reset_prefix_cache() returned {demonstration.reset_while_pinned}"
+    run.claim("the cache is not reset while a prefix is pinned", never_reset, evidence)
+    run.print(f"\nThe pin withholds {max(withheld['good'])} of {prompts.capacity} blocks from everybody else.")
     run.print(time_verdict(bad, good))
 
 
 def print_found(run: Run, label: str, experiment: str) -> list[list[int]]:
     """Print what an arm found in an experiment, the median of its rounds; return the cached tokens by arm and round."""
-    found, cells = [], ""
+    found_by_arm, row = [], f"{label:<36}"
     for arm in ARMS:
-        measured = run.arm(experiment, arm)
-        rounds = [[m for m in measured if m.request == n] for n in range(1, run.args.requests)]
-        found.append([sum(m.cached_tokens for m in one) for one in rounds])
-        ttft = milliseconds(statistics.median(sum(m.ttft_ms for m in one) for one in rounds))
-        cells += f"{f'{statistics.median(found[-1]):,.0f}, {ttft}':>20}"
-    run.print(f"{label:<36}{cells}")
-    return found
+        found, ttft = [], []
+        for n in range(1, run.args.requests):
+            measured = [m for m in run.measured(experiment, arm) if m.request == n]
+            found.append(sum(m.cached_tokens for m in measured))
+            ttft.append(sum(m.ttft_ms for m in measured))
+        row += f"{f'{statistics.median(found):,.0f}, {milliseconds(statistics.median(ttft))}':>20}"
+        found_by_arm.append(found)
+    run.print(row)
+    return found_by_arm
 
 
-async def second_pin(run: Run, bench: Bench) -> None:
+async def second_pin(run: Run, demonstration: Demonstration) -> None:
     """Ask for a second pin beside the first: it goes beyond the share, and the request runs without it."""
-    await bench.fresh()
-    await bench.ask_system(0, "second pin", "good", 0)
-    length = bench.prompts.prefix * run.block_size
-    await bench.ask(bench.prompts.tenant[0], "second pin", "tenant", 1, pin_tokens=length)
-    answer = bench.engine.vllm_engine.answer
+    prompts = demonstration.prompts
+    await demonstration.fresh()
+    await demonstration.ask_system(0, "second pin", "good", 0)
+    length = prompts.prefix * run.model.block_size
+    await demonstration.ask(prompts.tenant[0], "second pin", "tenant", 1, pin_tokens=length)
+    answer = demonstration.answer
     run.print("\nA second pin beside the first was asked for. The scheduler's answer:")
     run.print(f"  {answer['refused'] or 'it is pinned'}", markup=False)
-    await bench.ask(bench.prompts.tenant[1], "second pin", "tenant", 2, unpin="all")
-    run.claim("a pin beyond the share is refused, and its request served",
-              answer["pinned_tokens"] == 0 and answer["withheld_blocks"] == bench.prompts.prefix,
-              f"{answer['pinned_tokens']} tokens pinned, {answer['withheld_blocks']} blocks withheld")  # fmt: skip
-    await bench.fresh()  # EngineError, if not all pins are released
+    await demonstration.ask(prompts.tenant[1], "second pin", "tenant", 2, unpin="all")
+    refused = answer["pinned_tokens"] == 0 and answer["withheld_blocks"] == prompts.prefix
+    evidence = f"{answer['pinned_tokens']} tokens pinned, {answer['withheld_blocks']} blocks withheld"
+    run.claim("a pin beyond the share is refused, and its request served", refused, evidence)
+    await demonstration.fresh()  # EngineError, if not all pins are released
 
 
 # --- the further experiment: --deeper ---
 
 
-async def flood_sizes(run: Run, bench: Bench) -> None:
+async def flood_sizes(run: Run, demonstration: Demonstration) -> None:
     """Show what floods of several sizes leave of the prefix; its last blocks go first."""
-    capacity = bench.prompts.capacity
+    prompts = demonstration.prompts
     run.print("\n[bold]How large a flood[/]: cached tokens of the system prompt after it")
     run.print(f"{'flood / cache':<16}{'bad':>8}{'':22}{'good':>8}")
-    left = []
+    unpinned, pinned = [], []
     for eighths in (2, 4, 5, 6, 7, 8):
-        found = {}
-        for arm in ARMS:
-            await bench.fresh()
-            await bench.ask_system(0, f"flood {eighths}/8", arm, 0)
-            await bench.ask_all(list(bench.flood(capacity * eighths // 8, 1)), f"flood {eighths}/8", "flood", 0)
-            found[arm] = await bench.ask_system(1, f"flood {eighths}/8", arm, 1)
-            await bench.release(arm, 0)
-        bars = {arm: run.bar(m.cached_tokens / len(bench.prompts.pin), 18) for arm, m in found.items()}
-        bad, good = (f"{found[arm].cached_tokens:>8,}  {bars[arm]:<20}" for arm in ARMS)
-        run.print(f"{f'{eighths / 8:.0%}':<16}{bad}{good}".rstrip())
-        left.append((found["bad"].cached_tokens, found["good"].cached_tokens))
-    unpinned, pinned = zip(*left, strict=True)
-    run.claim("the larger the flood, the less is left without a pin", list(unpinned) == sorted(unpinned, reverse=True),
-              f"{', '.join(f'{tokens:,}' for tokens in unpinned)} tokens")  # fmt: skip
-    run.claim("no flood takes a token of the pinned prefix", min(pinned) == bench.prompts.prefix * run.block_size,
-              f"at least {min(pinned):,} tokens")  # fmt: skip
+        experiment, row = f"flood {eighths}/8", f"{f'{eighths / 8:.0%}':<16}"
+        for arm, left in (("bad", unpinned), ("good", pinned)):
+            await demonstration.fresh()
+            await demonstration.ask_system(0, experiment, arm, 0)
+            flood = demonstration.flood(prompts.capacity * eighths // 8, 1)
+            await demonstration.ask_all(list(flood), experiment, "flood", 0)
+            m = await demonstration.ask_system(1, experiment, arm, 1)
+            await demonstration.release(arm, 0)
+            left.append(m.cached_tokens)
+            row += f"{m.cached_tokens:>8,}  {run.bar(m.cached_tokens / len(prompts.pin), 18):<20}"
+        run.print(row.rstrip())
+    less_and_less = unpinned == sorted(unpinned, reverse=True)
+    evidence = f"{', '.join(f'{tokens:,}' for tokens in unpinned)} tokens"
+    run.claim("the larger the flood, the less is left without a pin", less_and_less, evidence)
+    all_left = min(pinned) == prompts.prefix * run.model.block_size
+    run.claim("no flood takes a token of the pinned prefix", all_left, f"at least {min(pinned):,} tokens")
 
 
-async def lesson(run: Run) -> None:
-    run.load_model()
+async def measure(run: Run) -> None:
+    """Start vLLM with the pinning scheduler and a small cache, and go through the rounds."""
     prompts = plan(run)
-    pinning = {"additional_config": {"pinning": {"share": SHARE}}, "scheduler_cls": SCHEDULER}
     longest = max(map(len, prompts.system + prompts.tenant))
-    suffix = longest - prompts.prefix * run.block_size
-    engine = await run.open_engine(longest, suffix, num_gpu_blocks_override=prompts.capacity + 1, **pinning)
-    bench = Bench(run, engine, prompts)
+    length, suffix = longest + OUTPUT_TOKENS, longest - prompts.prefix * run.model.block_size
+    with run.timed("engine_start", "Starting vLLM..."):
+        engine = run.start_engine(
+            enable_prefix_caching=not run.args.no_prefix_caching,
+            max_model_len=length,
+            max_num_batched_tokens=length,
+            scheduler_cls=SCHEDULER,
+            additional_config={"pinning": {"share": SHARE}},
+            num_gpu_blocks_override=prompts.capacity + 1,  # one is vLLM's own
+            kv_cache_memory_bytes=run.model.kv_bytes(8, length),  # more than that
+            graph_tokens=suffix,
+        )
+    await run.warm_up(longest, suffix)
+    demonstration = Demonstration(run, engine, prompts)
     with run.timed("measuring"):
-        await rounds(run, bench)
-        await second_pin(run, bench)
+        await rounds(run, demonstration)
+        await second_pin(run, demonstration)
         if run.args.deeper:
-            await flood_sizes(run, bench)
+            await flood_sizes(run, demonstration)
 
 
 def main() -> int:
-    return run_lesson(lesson_parser(__doc__, requests=6).parse_args(), lesson)
+    return run_lesson(parse(lesson_parser(__doc__, requests=6)), measure)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from append_only_vs_inplace_edit import price
-from stable_prefix_vs_timestamp import (
+from going_further.common import (
+    HERE,
     OUTPUT_TOKENS,
     CacheModel,
     LessonError,
@@ -43,6 +43,7 @@ from stable_prefix_vs_timestamp import (
     engine_parser,
     find_model,
     milliseconds,
+    price,
     render,
     run_lesson,
     telling_line,
@@ -50,7 +51,6 @@ from stable_prefix_vs_timestamp import (
     write_json,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCKS_KNOWN = 1_000_000
 REQUESTS_KEPT = 64
 HEADS_COMPARED = 8  # where not even a block matches, so many latest requests are tried as predecessors
@@ -458,7 +458,7 @@ def without_engine(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     console, path = Console(width=80, highlight=False), Path(args.file)
-    folder = find_model(args.model or str(ROOT / "built_in_model" / "cpu"))
+    folder = find_model(args.model or str(HERE / "built_in_model" / "cpu"))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, mistral_format=False)
         config = transformers.AutoConfig.from_pretrained(folder).get_text_config().to_dict()
@@ -480,34 +480,42 @@ def without_engine(args: argparse.Namespace) -> int:
 
 async def with_engine(run: Run) -> None:
     """Analyse the log, then send it request by request to an engine whose cache holds all of it."""
-    run.load_model()
-    path, args = Path(run.args.file), run.args
-    comparer = Comparer(path, run.tokenizer, run.block_size)
-    rows = analyse(path, comparer, args.limit, run.max_model_len - OUTPUT_TOKENS, run.console)
+    path, args, model = Path(run.args.file), run.args, run.model
+    comparer = Comparer(path, model.tokenizer, model.block_size)
+    rows = analyse(path, comparer, args.limit, model.max_model_len - OUTPUT_TOKENS, run.console)
     run.environment["requests"] = len(rows)
     longest = max(row.prompt_tokens for row in rows)
     if len(comparer.owners) == BLOCKS_KNOWN:
         raise LessonError("this log is too large to be sent: use --without-engine, or --limit N")
-    prompts = math.ceil(len(comparer.owners) * run.block_size / longest) + 2
-    check_memory(run, longest * prompts * run.kv_bytes_per_token)
+    prompts = math.ceil(len(comparer.owners) * model.block_size / longest) + 2
+    check_memory(run, model.kv_bytes(prompts, longest))
     hits = [row for row in rows if row.predicted_cached_tokens]
     suffix = max((row.prompt_tokens - row.predicted_cached_tokens for row in hits), default=1)
-    engine = await run.open_engine(longest, suffix, prompts=prompts)
+    length = longest + OUTPUT_TOKENS
+    with run.timed("engine_start", "Starting vLLM..."):
+        engine = run.start_engine(
+            enable_prefix_caching=not args.no_prefix_caching,
+            max_model_len=length,
+            max_num_batched_tokens=length,  # a prompt is computed in one step
+            kv_cache_memory_bytes=model.kv_bytes(prompts, length),
+            graph_tokens=suffix,
+        )
+    await run.warm_up(longest, suffix)
     run.print("[bold] line  prompt predicted  cached     TTFT  best predecessor")
     with run.timed("measuring"):
         for row, request in zip(rows, read_log(path, args.limit), strict=True):
             m = await engine.ask(comparer.encode(request).ids, "replay", "log", row.line)
             if len(rows) <= ROWS_SHOWN:
                 print_row(run.console, row, (m.cached_tokens, m.ttft_ms))
+    measured = run.measured("replay", "log")
     if len(rows) > ROWS_SHOWN:
-        measured = {m.request: (m.cached_tokens, m.ttft_ms) for m in run.arm("replay", "log")}
+        by_line = {m.request: (m.cached_tokens, m.ttft_ms) for m in measured}
         for row in rows_to_show(rows):
-            print_row(run.console, row, measured[row.line])
+            print_row(run.console, row, by_line[row.line])
     print_summary(run.console, rows, args)
-    pairs = zip(run.arm("replay", "log"), rows, strict=True)
-    agree = sum(m.cached_tokens == row.predicted_cached_tokens for m, row in pairs)
+    agree = sum(m.cached_tokens == row.predicted_cached_tokens for m, row in zip(measured, rows, strict=True))
     run.claim("the analysis and the engine agree", agree == len(rows), f"{agree} of {len(rows)} requests")
-    run.more = {"requests": rows}
+    run.result["requests"] = rows
 
 
 def check_memory(run: Run, kv_bytes: int) -> None:
@@ -515,7 +523,7 @@ def check_memory(run: Run, kv_bytes: int) -> None:
     import psutil  # comes with vLLM
 
     free = psutil.virtual_memory().available
-    if not run.on_gpu and kv_bytes > free:
+    if not run.model.on_gpu and kv_bytes > free:
         sizes = f"the KV of this log takes {kv_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         raise LessonError(f"{sizes}: use --without-engine, or --limit N")
 
@@ -527,7 +535,6 @@ def stop(signum: int, _: object) -> None:
 
 def main() -> int:
     parser = engine_parser(__doc__)
-    parser.set_defaults(prefix_tokens=0, requests=None, deeper=False)  # options of the lessons; the log has its own
     parser.add_argument("file", metavar="FILE", help="the log, JSONL")
     parser.add_argument("--without-engine", action="store_true", help="analyse only, in blocks of 16 unless told")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="only the first N requests")

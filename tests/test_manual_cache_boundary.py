@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,6 @@ from manual_cache_boundary import (
     MARKER,
     ExplicitEngine,
     PrefixStore,
-    UsageError,
     bad_messages,
     default_prompt,
     good_messages,
@@ -22,6 +24,8 @@ from manual_cache_boundary import (
     reader,
     split_at_boundary,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_marker_belongs_to_neither_part() -> None:
@@ -86,18 +90,32 @@ def test_no_two_readers_are_the_same_and_all_are_described_at_the_same_length() 
 def test_a_prompt_file_without_a_boundary_is_wrong_usage(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "prompt.txt"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=says):
-        read_prompt(argparse.Namespace(prompt_file=str(path), prefix_tokens=None))
+    with pytest.raises(argparse.ArgumentTypeError, match=says):
+        read_prompt(str(path))
 
 
 def test_a_prompt_file_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such file"):
-        read_prompt(argparse.Namespace(prompt_file=str(tmp_path / "none.txt"), prefix_tokens=None))
+    with pytest.raises(argparse.ArgumentTypeError, match="No such file"):
+        read_prompt(str(tmp_path / "none.txt"))
 
 
-def test_a_prompt_file_and_a_length_of_the_built_in_prompt_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="leave --prefix-tokens out"):
-        read_prompt(argparse.Namespace(prompt_file=str(tmp_path / "prompt.txt"), prefix_tokens=500))
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prompt-file", "none.txt"], "cannot read none.txt: No such file or directory"),
+        (["--prompt-file", "prompt.txt", "--prefix-tokens", "500"], "leave --prefix-tokens out"),
+    ],
+)
+def test_a_prompt_file_that_cannot_be_taken_is_told_before_anything_is_imported(
+    tmp_path: Path, options: list[str], says: str
+) -> None:
+    (tmp_path / "prompt.txt").write_text(f"Be brief. {MARKER} Why?")
+    program = "import sys; sys.modules['vllm'] = None; from manual_cache_boundary import main; main()"
+    command = [sys.executable, "-c", program, *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert says in done.stderr.splitlines()[-1]
 
 
 # --- the store; its KV is a real DynamicCache, so these need torch ---

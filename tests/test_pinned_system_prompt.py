@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from going_further.pinned_system_prompt import ARMS, SHARE, Bench, EvictingCache, Prompts, plan
-from stable_prefix_vs_timestamp import UsageError, common_prefix
+from going_further.common import UsageError, common_prefix
+from going_further.pinned_system_prompt import ARMS, SHARE, Demonstration, EvictingCache, Prompts, plan
 
 ROOT = Path(__file__).parent.parent
 TOOL = [sys.executable, "-m", "going_further.pinned_system_prompt"]
@@ -31,8 +31,8 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "built_in_model" / "cpu")
 
 
-class Lesson(SimpleNamespace):
-    """What `plan` and `Bench` take from a run: its arguments, and the tokenizer."""
+class Tokenizing(SimpleNamespace):
+    """What `plan` and `Demonstration` take from a run's model: the tokenizer, and the size of a block."""
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -44,8 +44,9 @@ class Lesson(SimpleNamespace):
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def a_run(tokenizer, prefix_tokens: int, block_size: int) -> Lesson:
-    return Lesson(tokenizer=tokenizer, args=SimpleNamespace(prefix_tokens=prefix_tokens), block_size=block_size)
+def a_run(tokenizer, prefix_tokens: int, block_size: int, model: type = Tokenizing) -> SimpleNamespace:
+    known = model(tokenizer=tokenizer, block_size=block_size)
+    return SimpleNamespace(args=SimpleNamespace(prefix_tokens=prefix_tokens), model=known)
 
 
 # --- the model of the cache ---
@@ -123,17 +124,18 @@ def test_all_prompts_under_one_system_prompt_start_with_what_is_pinned(tokenizer
     assert all(common_prefix(prompts.pin, ids) < 16 for ids in prompts.tenant), "the tenant shares no block"
 
 
-class Simulated(Bench):
+class Simulated(Demonstration):
     """The rounds against the cache model alone: what they must bring if vLLM does as the model says."""
 
-    def __init__(self, run: Lesson, prompts: Prompts) -> None:
-        engine = SimpleNamespace(vllm_engine=None, block_size=run.block_size)
+    def __init__(self, run: SimpleNamespace, prompts: Prompts) -> None:
+        nothing_said = SimpleNamespace(kv_transfer_params=None)
+        engine = SimpleNamespace(output=nothing_said, block_size=run.model.block_size)
         super().__init__(run, engine, prompts)
         self.sent: list[tuple[str, str, list[int]]] = []
         self.found: dict[tuple[str, str], int] = {}
 
     async def fresh(self) -> None:
-        self.engine.cache_model = EvictingCache(self.run.block_size, self.prompts.capacity)
+        self.engine.cache_model = EvictingCache(self.run.model.block_size, self.prompts.capacity)
 
     async def ask(self, ids: list[int], experiment: str, arm: str, request: int, **asks: object) -> None:
         cache, key = self.engine.cache_model, (experiment, arm)
@@ -152,10 +154,10 @@ def test_the_sizes_of_the_floods_make_the_outcome_certain(tokenizer, prefix_toke
 
     run = a_run(tokenizer, prefix_tokens, block_size)
     prompts = plan(run)
-    bench = Simulated(run, prompts)
+    simulated = Simulated(run, prompts)
     for arm in ARMS:
-        asyncio.run(bench.round(arm, 1))
-    blocks = {key: found // block_size for key, found in bench.found.items()}
+        asyncio.run(simulated.round(arm, 1))
+    blocks = {key: found // block_size for key, found in simulated.found.items()}
     assert (blocks["main", "bad"], blocks["main", "good"]) == (0, prompts.prefix)
     assert blocks["flood again", "bad"] - blocks["flood again", "good"] == prompts.prefix
     assert blocks["tenant", "bad"] == common_prefix(*prompts.tenant) // block_size
@@ -166,10 +168,10 @@ def test_the_arms_send_the_same_prompts_in_the_same_order(tokenizer) -> None:
     import asyncio
 
     run = a_run(tokenizer, 500, 32)
-    bench = Simulated(run, plan(run))
+    simulated = Simulated(run, plan(run))
     for arm in ARMS:
-        asyncio.run(bench.round(arm, 1))
-    bad, good = ([(experiment, ids) for experiment, a, ids in bench.sent if a == arm] for arm in ARMS)
+        asyncio.run(simulated.round(arm, 1))
+    bad, good = ([(experiment, ids) for experiment, a, ids in simulated.sent if a == arm] for arm in ARMS)
     assert bad == good
 
 
@@ -188,7 +190,7 @@ def test_questions_as_long_as_the_system_prompt_are_refused(tokenizer) -> None:
         plan(a_run(tokenizer, 400, 512))
 
 
-class Talkative(Lesson):
+class Talkative(Tokenizing):
     """A template that adds more to each question than the system prompt is long."""
 
     def encode(self, messages: list[dict]) -> list[int]:
@@ -196,9 +198,8 @@ class Talkative(Lesson):
 
 
 def test_a_template_that_adds_more_than_the_system_prompt_is_refused(tokenizer) -> None:
-    run = Talkative(tokenizer=tokenizer, args=SimpleNamespace(prefix_tokens=1000), block_size=32)
     with pytest.raises(UsageError, match="choose a larger --prefix-tokens"):
-        plan(run)
+        plan(a_run(tokenizer, 1000, 32, Talkative))
 
 
 def test_help_needs_no_vllm_and_says_what_is_shown() -> None:

@@ -1,4 +1,4 @@
-"""The measuring block: equal in every lesson, and its cache model right."""
+"""The two fences, instrument and plumbing: equal in every lesson, within their size, and right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stable_prefix_vs_timestamp import (
     EngineError,
     LessonError,
     Measurement,
-    built_in_shape,
+    built_in_model,
     common_prefix,
     find_model,
     graph_sizes,
@@ -34,18 +34,35 @@ from stable_prefix_vs_timestamp import (
 
 ROOT = Path(__file__).parent.parent
 LESSONS = [ROOT / f"{lesson.name}.py" for lesson in run_all_examples.LESSONS.values()]
-START, END = "# --- measuring block", "# --- end of the measuring block ---"
+INSTRUMENT, PLUMBING = "# --- the instrument: how it is measured", "# --- the plumbing: skip this"
 
 
-def parts(script: Path) -> tuple[str, str]:
-    """Return a lesson's own part and its measuring block."""
-    own, block = script.read_text(encoding="utf-8").split(START)
-    return own, block.split(END)[0]
+def parts(script: Path) -> tuple[str, str, str]:
+    """Return a lesson's own part, its instrument and its plumbing."""
+    own, fences = script.read_text(encoding="utf-8").split(INSTRUMENT)
+    instrument, plumbing = fences.split(PLUMBING)
+    return own, INSTRUMENT + instrument, PLUMBING + plumbing
 
 
 @pytest.mark.parametrize("script", LESSONS[1:], ids=lambda path: path.stem)
-def test_the_block_is_byte_identical_in_all_lessons(script: Path) -> None:
-    assert parts(script)[1] == parts(LESSONS[0])[1]
+def test_the_fences_are_byte_identical_in_all_lessons(script: Path) -> None:
+    assert parts(script)[1:] == parts(LESSONS[0])[1:]
+
+
+def test_the_fences_keep_to_their_budgets() -> None:
+    _, instrument, plumbing = (len(part.splitlines()) for part in parts(LESSONS[0]))
+    assert instrument <= 190
+    assert plumbing <= 520
+
+
+@pytest.mark.parametrize("script", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_shows_vllm_before_its_first_fence(script: Path) -> None:
+    own = parts(script)[0]
+    for name in ("AsyncLLMEngine", "SamplingParams", "num_cached_tokens", "max_num_batched_tokens"):
+        assert name in own
+    arguments = own.split("start_engine(")[-1] if "start_workers" not in own else own.split("start_workers(")[1]
+    assert arguments.split("=")[0].split()[-1] == "enable_prefix_caching", "the first of the arguments"
+    assert "# fmt: skip" not in own
 
 
 @pytest.mark.parametrize("script", LESSONS, ids=lambda path: path.stem)
@@ -158,7 +175,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
                 pass
 
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{servers[0].server_port}")
+        endpoint = f"http://127.0.0.1:{servers[0].server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         if status is None:
             servers.pop().server_close()
         else:
@@ -197,7 +217,7 @@ def test_a_hub_that_is_down_does_not_hide_a_model_that_is_downloaded(hub, status
 
 
 def test_the_folder_of_a_run_that_was_killed_goes_with_the_next_run_one_in_use_stays(tmp_path: Path) -> None:
-    script = "from stable_prefix_vs_timestamp import prepare_process; print(prepare_process(), flush=True); input()"
+    script = "from stable_prefix_vs_timestamp import prepare_process; print(prepare_process(1), flush=True); input()"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     folders = []
     with contextlib.ExitStack() as runs:
@@ -220,7 +240,11 @@ def test_the_folder_of_a_run_that_was_killed_goes_with_the_next_run_one_in_use_s
     ("gib", "shape"), [(141, "7b"), (79.6, "7b"), (39.6, "7b"), (24, "1.5b"), (11.7, "1.5b"), (8, "0.5b")]
 )
 def test_the_built_in_shape_follows_the_memory_of_the_gpu(gib: float, shape: str) -> None:
-    assert built_in_shape(int(gib * 2**30)) == shape
+    assert Path(built_in_model(int(gib * 2**30))) == ROOT / "built_in_model" / shape
+
+
+def test_without_a_gpu_the_shape_is_the_small_one() -> None:
+    assert Path(built_in_model(0)) == ROOT / "built_in_model" / "cpu"
 
 
 @given(st.integers(1, 3000))
@@ -246,7 +270,7 @@ def test_one_engine_leaves_a_core_to_the_client_several_share_them(engines: int,
 FORKED = """
 import os, time
 from stable_prefix_vs_timestamp import prepare_process
-prepare_process()
+prepare_process(1)
 if (child := os.fork()) == 0:
     time.sleep(60)
 print(child, flush=True)

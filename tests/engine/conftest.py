@@ -49,7 +49,7 @@ def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Done]:
     def run(script: str, *options: str, json_name: str = "out.json") -> Done:
         path = tmp_path_factory.mktemp("run") / json_name
         command = [sys.executable, str(ROOT / script), *options, "--json", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         assert "Traceback" not in done.stderr
         assert "\x1b" not in done.stdout, "no colour and no cursor movement in a pipe"
         assert max(map(len, done.stdout.splitlines()), default=0) <= 80, done.stdout

@@ -1048,7 +1048,7 @@ def prepare_process(engines: int) -> Path:
     return folder
 
 
-def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]]) -> int:
+def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None]]) -> int:
     """Run a lesson with its engines' output in a log file, and return the exit status."""
     if args.check_options:
         return 0
@@ -1077,7 +1077,7 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
             os.dup2(file.fileno(), stream)
     try:
         run = Run(args, out)
-        asyncio.run(lesson(run))
+        asyncio.run(measure(run))
         status = run.finish()
     except LessonError as error:
         told, status = str(error), error.status

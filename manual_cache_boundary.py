@@ -402,7 +402,7 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
         for arm in in_turn(("bad", "good"), n):
             cached, ms, logits[arm] = explicit.ask(ids, [boundary], store if arm == "good" else None)
             predicted = boundary if arm == "good" and n > 0 else 0
-            record(run, "explicit_store", arm, n, ids, cached, predicted, ms)
+            add_measurement(run, "explicit_store", arm, n, ids, cached, predicted, ms)
         bad, good = run.measured("explicit_store", "bad"), run.measured("explicit_store", "good")
         run.print_pair(n, bad[-1], good[-1])
         largest = max(largest, apart(logits["good"], logits["bad"]))
@@ -426,7 +426,10 @@ def apart(logits: Tensor, others: Tensor) -> float:
     return float((logits - others).abs().max())
 
 
-def record(run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, ms: float) -> None:
+def add_measurement(
+    run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, ms: float
+) -> None:
+    """Put a request to the explicit engine, which is no worker and has no sessions, beside those to vLLM."""
     run.measurements.append(Measurement(experiment, arm, n, None, None, len(ids), cached, predicted, ms))
 
 
@@ -503,7 +506,7 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
             store = PrefixStore(explicit.store_bytes, ttl_s=300, clock=time.monotonic)
             store.put(ids, explicit.prefill(ids)[0])
             cached, ms, _ = explicit.ask(whole, [], store)
-            record(run, "boundary_store", name, n, whole, cached, exact, ms)
+            add_measurement(run, "boundary_store", name, n, whole, cached, exact, ms)
         cells = [name, f"{len(ids):,}"]
         for experiment, found in (("boundary", on_vllm), ("boundary_store", in_store)):
             measured = run.measured(experiment, name)
@@ -1178,7 +1181,7 @@ def prepare_process(engines: int) -> Path:
     return folder
 
 
-def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]]) -> int:
+def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None]]) -> int:
     """Run a lesson with its engines' output in a log file, and return the exit status."""
     if args.check_options:
         return 0
@@ -1207,7 +1210,7 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
             os.dup2(file.fileno(), stream)
     try:
         run = Run(args, out)
-        asyncio.run(lesson(run))
+        asyncio.run(measure(run))
         status = run.finish()
     except LessonError as error:
         told, status = str(error), error.status

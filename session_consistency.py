@@ -88,7 +88,7 @@ def report(session: str, tokens: int, count: Callable[[str], int]) -> str:
     return text
 
 
-def messages(context: str, turn: int) -> list[dict]:
+def conversation(context: str, turn: int) -> list[dict]:
     """Return what a session sends in `turn`: all that was said before, and a question. Assistant turns are scripted."""
     said = [{"role": "system", "content": SYSTEM}]
     for n in range(turn + 1):
@@ -306,16 +306,16 @@ async def lesson(run: Run) -> None:
         lengths[f"session-{n:02}"] = dice.randint(max(2, args.requests - 2), args.requests)
     for name, turns in lengths.items():
         contexts[name] = report(name, args.prefix_tokens, model.count)
-        prompts[name] = [model.encode(messages(contexts[name], turn)) for turn in range(turns)]
+        prompts[name] = [model.encode(conversation(contexts[name], turn)) for turn in range(turns)]
     traffic = Traffic(prompts, schedule(lengths, args.seed))
-    check_template(model, [messages(contexts["session-00"], turn) for turn in range(args.requests)])
+    check_template(model, [conversation(contexts["session-00"], turn) for turn in range(args.requests)])
     if not changes_workers(traffic, args.workers):
         accident = f"with --seed {args.seed} round robin takes each session to one worker only, by accident"
         raise UsageError(f"{accident}: choose another --seed, or more --sessions")
     hot = []
     if args.deeper:
         context = report("hot", args.prefix_tokens, model.count)
-        hot = [model.encode(messages(context, turn)) for turn in range(sum(lengths.values()))]
+        hot = [model.encode(conversation(context, turn)) for turn in range(sum(lengths.values()))]
     longest = max(map(len, itertools.chain(hot, *prompts.values())))
     suffix = max(model.suffix(its_prompts) for its_prompts in prompts.values())
     length = longest + OUTPUT_TOKENS
@@ -1207,7 +1207,7 @@ def prepare_process(engines: int) -> Path:
     return folder
 
 
-def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]]) -> int:
+def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None]]) -> int:
     """Run a lesson with its engines' output in a log file, and return the exit status."""
     if args.check_options:
         return 0
@@ -1236,7 +1236,7 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
             os.dup2(file.fileno(), stream)
     try:
         run = Run(args, out)
-        asyncio.run(lesson(run))
+        asyncio.run(measure(run))
         status = run.finish()
     except LessonError as error:
         told, status = str(error), error.status

@@ -238,7 +238,7 @@ async def position_sweep(run: Run, engine: Engine, system: str) -> None:
         evidence = f"{found} tokens cached, {before_change} before the change"
         run.claim(f"a change at {percent} % leaves the blocks before it", found == before_change, evidence)
         label = f"{percent} %" if percent else "0 % (extra space)"
-        counts = f"{found[0]:,} / {measured[0].prompt_tokens:,}"
+        counts = f"{measured[0].cached_tokens:,} / {measured[0].prompt_tokens:,}"
         ttft, bar = milliseconds(median_ms(measured)), run.bar(hit_rate(measured), width=10)
         run.print(row.format(label, counts, ttft, ttft_range(measured), bar).rstrip())
 
@@ -1007,7 +1007,7 @@ def prepare_process(engines: int) -> Path:
     return folder
 
 
-def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]]) -> int:
+def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None]]) -> int:
     """Run a lesson with its engines' output in a log file, and return the exit status."""
     if args.check_options:
         return 0
@@ -1036,7 +1036,7 @@ def run_lesson(args: argparse.Namespace, lesson: Callable[[Run], Awaitable[None]
             os.dup2(file.fileno(), stream)
     try:
         run = Run(args, out)
-        asyncio.run(lesson(run))
+        asyncio.run(measure(run))
         status = run.finish()
     except LessonError as error:
         told, status = str(error), error.status

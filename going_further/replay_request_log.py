@@ -232,11 +232,14 @@ def first_difference(a: object, b: object, path: str = "") -> str:
 
 def json_field(before: str, after: str, old: Span, new: Span, char: int) -> str:
     """Return the path of the JSON field of a content in which two texts first differ, "" where that is not in JSON."""
-    found = json_around(before[old.start : old.end], char - old.start)
-    other = json_around(after[new.start : new.end], char - new.start)
-    if not (found and other) or found[0] != other[0] or written(found[1]) == written(other[1]):
+    in_old = json_around(before[old.start : old.end], char - old.start)
+    in_new = json_around(after[new.start : new.end], char - new.start)
+    if in_old is None or in_new is None:
         return ""
-    return f" field {first_difference(found[1], other[1])}"
+    (old_place, old_value), (new_place, new_value) = in_old, in_new
+    if old_place != new_place or written(old_value) == written(new_value):
+        return ""
+    return f" field {first_difference(old_value, new_value)}"
 
 
 def heading(message: dict) -> str:

@@ -20,7 +20,7 @@ from session_consistency import (
     UsageError,
     changes_workers,
     common_prefix,
-    messages,
+    conversation,
     moved_share,
     p90,
     pair_ratios,
@@ -127,7 +127,7 @@ def test_turns_are_shuffled_reproducibly_and_sessions_end_at_their_length() -> N
 
 def test_every_turn_begins_with_the_turn_before() -> None:
     for n in range(8):
-        assert messages("context", n + 1)[: 2 * n + 2] == messages("context", n)
+        assert conversation("context", n + 1)[: 2 * n + 2] == conversation("context", n)
 
 
 def test_reports_differ_between_sessions_from_their_first_word_on_and_reach_their_length() -> None:

@@ -23,7 +23,7 @@ arm fills the cache and is left out of hit rates and medians.
 
 --deeper adds: another key order each turn; a log that is compacted when it has
 grown long; generated tokens sent back as ids and as text; and the arithmetic
-of a published course text, recomputed.
+of a course text (a Q&A on message structure and KV cache), recomputed.
 """
 
 from __future__ import annotations
@@ -276,9 +276,9 @@ async def lesson(run: Run) -> None:
             course_arithmetic(run)
 
 
-def check_template(model: Model, conversation: list[list[dict]]) -> None:
+def check_template(model: Model, turns: list[list[dict]]) -> None:
     """Raise LessonError unless the template renders each turn as a prefix of the next, token for token."""
-    for n, (before, after) in enumerate(itertools.pairwise(conversation)):
+    for n, (before, after) in enumerate(itertools.pairwise(turns)):
         ids, longer = model.encode(before, answer=False), model.encode(after)
         at = common_prefix(ids, longer)
         if at < len(ids):

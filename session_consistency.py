@@ -397,9 +397,9 @@ def check_memory(model: Model, kv_bytes: int, sharing: int) -> None:
         raise LessonError(f"{sizes}, {have / 2**30:.1f} GiB are {there}: {advice}")
 
 
-def check_template(model: Model, conversation: list[list[dict]]) -> None:
+def check_template(model: Model, turns: list[list[dict]]) -> None:
     """Raise LessonError unless the template renders each turn as a prefix of the next, token for token."""
-    for n, (before, after) in enumerate(itertools.pairwise(conversation)):
+    for n, (before, after) in enumerate(itertools.pairwise(turns)):
         ids, longer = model.encode(before, answer=False), model.encode(after)
         at = common_prefix(ids, longer)
         if at < len(ids):

@@ -65,16 +65,30 @@ def test_a_lesson_shows_vllm_before_its_first_fence(script: Path) -> None:
     assert "# fmt: skip" not in own
 
 
+def imported(source: str) -> set[str]:
+    """Return the names of all modules that a source text imports, wherever it does."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return names
+
+
 @pytest.mark.parametrize("script", LESSONS, ids=lambda path: path.stem)
-def test_what_a_learner_reads_needs_no_tooling_and_no_sibling(script: Path) -> None:
-    imported = {
-        name
-        for node in ast.walk(ast.parse(parts(script)[0]))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
-    }
-    siblings = {path.stem for path in ROOT.glob("*.py")}
-    assert not imported & ({"rich", "argparse", "os"} | siblings)
+def test_what_a_learner_reads_needs_no_tooling(script: Path) -> None:
+    assert not imported(parts(script)[0]) & {"rich", "argparse", "os"}
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_no_script_makes_a_lesson_its_module(script: Path) -> None:
+    assert not imported(script.read_text(encoding="utf-8")) & {lesson.stem for lesson in LESSONS}
+
+
+@pytest.mark.parametrize("script", LESSONS, ids=lambda path: path.stem)
+def test_a_lesson_imports_nothing_that_stands_beside_it(script: Path) -> None:
+    assert not imported(script.read_text(encoding="utf-8")) & {path.stem for path in ROOT.glob("*.py")}
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)

@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from setup_and_test import SIZES
+from stable_prefix_vs_timestamp import Measurement, Run, time_verdict
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,9 +22,9 @@ RESULTS = sorted((ROOT / "results").glob("*.json"))
 
 
 def block(kind: str, path: Path) -> str:
-    """Return the code block that follows a marker in the README."""
-    found = re.search(rf"<!-- {kind} results/{path.name} -->\n+```\n(.*?)```", README, re.DOTALL)
-    assert found, f"the README does not show the {kind} of {path.name}"
+    """Return the code block that follows a marker in the README, or in docs/."""
+    found = re.search(rf"<!-- {kind} results/{path.name} -->\n+```\n(.*?)```", TEXTS, re.DOTALL)
+    assert found, f"neither the README nor docs/ show the {kind} of {path.name}"
     return found[1]
 
 
@@ -30,8 +32,28 @@ def test_it_is_no_longer_than_170_lines() -> None:
     assert len(README.splitlines()) <= 170
 
 
-def test_the_first_twenty_lines_run_it() -> None:
-    assert "python3 run_all_examples.py" in README.splitlines()[:20]
+def test_the_first_25_lines_show_a_result_and_say_how_to_get_it_and_where_to_start() -> None:
+    first = README.splitlines()[:25]
+    assert "python3 run_all_examples.py" in first
+    for text in ("BAD:", "TTFT fell from", "6 GiB of free memory", "**student**", "**instructor**", "**engineer**"):
+        assert any(text in line for line in first), text
+
+
+def test_the_table_at_the_top_is_lesson_1_as_it_was_recorded() -> None:
+    path = ROOT / "results" / "cpu.json"
+    lesson = json.loads(path.read_text(encoding="utf-8"))["lessons"][0]
+    assert lesson["lesson"] == "stable_prefix_vs_timestamp"
+    arms: dict[str, list[Measurement]] = {"bad": [], "good": []}
+    for row in lesson["measurements"]:
+        if row["experiment"] == "main":
+            arms[row["arm"]].append(Measurement(**row))
+    printed: list[str] = []
+    to_list = SimpleNamespace(print=printed.append)
+    Run.print_pair_head(to_list, "the clock opens the prompt", "clock rides with the question")
+    for n, pair in enumerate(zip(arms["bad"], arms["good"], strict=True)):
+        Run.print_pair(to_list, n, *pair)
+    printed.append(time_verdict(arms["bad"][1:], arms["good"][1:]))
+    assert block("pair", path).splitlines() == [re.sub(r"\[/?[a-z ]*\]", "", line).rstrip() for line in printed]
 
 
 def test_there_is_a_recorded_run() -> None:

@@ -15,6 +15,8 @@ import pytest
 from helpers.models import write_llama
 from helpers.processes import left_behind, lesson_processes, shared_memory
 
+from run_all_examples import LESSONS, Lesson
+
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "stable_prefix_vs_timestamp.py"
 
@@ -133,14 +135,16 @@ def test_an_engine_that_dies_while_measuring_is_one_line(temporary: Path) -> Non
     assert left_behind(temporary) == []
 
 
-def test_a_lesson_copied_alone_asks_for_a_model_and_runs_with_one(tmp_path: Path) -> None:
-    alone = shutil.copy(SCRIPT, tmp_path)
+@pytest.mark.parametrize("lesson", LESSONS.values(), ids=lambda lesson: lesson.name)
+def test_a_lesson_copied_alone_asks_for_a_model_and_runs_with_one(lesson: Lesson, tmp_path: Path) -> None:
+    alone = shutil.copy(ROOT / f"{lesson.name}.py", tmp_path)
     done = subprocess.run([sys.executable, alone], capture_output=True, text=True)
     assert done.returncode == 1
     assert "not beside this script: give --model" in done.stderr
     model = write_llama(tmp_path / "llama")
-    options = ["--model", model, "--prefix-tokens", "600", "--requests", "2"]
-    assert subprocess.run([sys.executable, alone, *options], capture_output=True).returncode == 0
+    options = ["--model", model, "--prefix-tokens", "600", "--requests", "3"]
+    done = subprocess.run([sys.executable, alone, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

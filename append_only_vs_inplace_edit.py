@@ -10,16 +10,18 @@ its first different token (see lesson 1).
   good  the state is written once, and each change is appended as a log entry.
         Every turn's prompt begins with all of the turn before
 
-Both arms carry the same facts at every turn; `read_state` reads them back from
-either. Append-only sends more tokens, and computes far fewer: both are shown,
-and what they cost at a price for new and for cached tokens.
+Both arms carry the same facts at every turn, for a reader who applies the log:
+`read_state` reads them back from either, in the tests. Append-only sends more
+tokens and computes fewer: both are shown, and what they cost at a price for
+new and for cached tokens.
 
 What it takes: entries are never changed once written; they are serialised the
 same way each time (`sort_keys=True`); the chat template renders old messages
 as before when new ones follow, which is checked before the engine starts.
 
-Request n is turn n, `--requests` sets the number of turns. Request 0 of each
-arm fills the cache and is left out of hit rates and medians.
+Request n is turn n, `--requests` sets the number of turns. Turn 0 fills the
+cache and is left out of hit rates and medians, though not of the bill. What the
+assistant says is scripted; weights may be random, and no answer is read here.
 
 --deeper adds: another key order each turn; a log that is compacted when it has
 grown long; generated tokens sent back as ids and as text; and the arithmetic
@@ -36,7 +38,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-# Run, Engine, Measurement and the small functions stand below: the instrument, and the plumbing, which can be skipped.
+# What is not defined here stands below: the instrument (Engine, Measurement, ...), and the plumbing (Run, Model, ...).
 
 # --- the lesson: an agent's state, written in two ways, sent to vLLM ---
 
@@ -78,7 +80,7 @@ def instructions(tokens: int, count: Callable[[str], int]) -> str:
     """Return the static instructions, with as many tools as it takes to reach `tokens`, as counted by `count`."""
     text, tools = INSTRUCTIONS, tool_definitions()
     while (missing := tokens - count(text)) > 0:
-        for _ in range(1 + missing // 200):  # a tool is no 200 tokens
+        for _ in range(1 + missing // 200):  # a tool has less than 200 tokens: one too many at most
             text += next(tools)
     return text
 
@@ -96,11 +98,11 @@ def apply(state: dict, change: dict) -> dict:
     """Return a copy of `state` with `change` made."""
     state = copy.deepcopy(state)
     for path, value in change.items():
-        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        keys = [int(key) if key.isdigit() else key for key in path.split("/")]
         target = state
-        for key in parents:
+        for key in keys[:-1]:
             target = target[key]
-        target[last] = value
+        target[keys[-1]] = value
     return state
 
 
@@ -155,13 +157,14 @@ LAYOUTS = {"bad": bad_messages, "good": good_messages}
 
 
 async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) -> None:
-    """Go through the turns with both arms side by side, and judge what was sent and what computed."""
+    """Go through the turns with both arms side by side, and judge what was sent and what was computed."""
     run.print(f"{'':4}[bold red]{'BAD: the state is edited in place':<38}[/][bold green]GOOD: changes are appended")
     run.print("turn prompt cached   new     TTFT new        prompt cached   new     TTFT new", markup=False)
     longest = max(map(len, prompts["good"]))
     for n in range(run.args.requests):
         measured = {}
         for arm in in_turn(LAYOUTS, n):
+            # The salt gives each arm a part of the cache of its own.
             measured[arm] = await engine.ask(prompts[arm][n], "main", arm, n, salt=arm)
         row = f"{n:<4}"
         for m in (measured["bad"], measured["good"]):
@@ -175,7 +178,7 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     claim_counts(run, prompts, bad, good)
 
     before, after = dump(state_at(0)), dump(state_at(1))
-    field = re.findall(r'"(\w+)":', before[: common_prefix(before, after)])[-1]
+    field = re.findall(r'"(\w+)":', before[: common_prefix(before, after)])[-1]  # the first one that differs
     run.print_break(f"Field '{field}': prompts", *prompts["bad"][:2])
     sent = prompt_tokens(good) / prompt_tokens(bad) - 1
     computed = computed_tokens(good) / computed_tokens(bad) - 1
@@ -195,13 +198,14 @@ def claim_counts(
     evidence = f"at most {max(m.cached_tokens for m in bad[1:]):,} cached, {max(before_edit):,} before the edit"
     run.claim("in place: no turn finds more than what stands before the edit", no_more, evidence)
 
-    whole_turn_found = True
+    turns_found = []
     for m, (before, after) in zip(good[1:], itertools.pairwise(kept), strict=True):
         in_common = model.whole_blocks(common_prefix(before, after))
+        # A prompt ends with the opening of an answer, which the next turn may write differently: a block at most.
         is_append = in_common >= model.whole_blocks(len(before)) - model.block_size
-        whole_turn_found = whole_turn_found and is_append and m.cached_tokens >= in_common
+        turns_found.append(is_append and m.cached_tokens >= in_common)
     evidence = f"{sum(m.cached_tokens for m in good[1:]):,} cached, {sum(map(len, kept[:-1])):,} sent"
-    run.claim("append-only: every turn finds all whole blocks of the turn before", whole_turn_found, evidence)
+    run.claim("append-only: every turn finds all whole blocks of the turn before", all(turns_found), evidence)
 
     sends_more = prompt_tokens(good) > prompt_tokens(bad)
     computes_less = computed_tokens(good) < computed_tokens(bad)
@@ -226,8 +230,8 @@ def cost(arm: list[Measurement], args: argparse.Namespace) -> float:
 
 def break_even(bad: list[Measurement], good: list[Measurement], args: argparse.Namespace) -> int | None:
     """Return the turn from which on the bill so far is lower than with the state edited in place, or None."""
-    dear = [n for n in range(len(good)) if cost(good[: n + 1], args) >= cost(bad[: n + 1], args)]
-    first = dear[-1] + 1 if dear else 0
+    not_cheaper = [n for n in range(len(good)) if cost(good[: n + 1], args) >= cost(bad[: n + 1], args)]
+    first = not_cheaper[-1] + 1 if not_cheaper else 0
     return first if first < len(good) else None
 
 
@@ -252,19 +256,19 @@ async def lesson(run: Run) -> None:
     prompts = {}
     for arm, layout in LAYOUTS.items():
         prompts[arm] = [model.encode(layout(static, n)) for n in turns]
-    longest = max(map(len, prompts["bad"] + prompts["good"])) + model.block_size
+    longest = max(map(len, prompts["bad"] + prompts["good"])) + model.block_size  # --deeper sends a little more
     suffix = model.suffix(prompts["good"])  # what a hit leaves to compute
     length = longest + OUTPUT_TOKENS
 
-    # An AsyncLLMEngine with these of vLLM's arguments. `ask` sends it token ids and SamplingParams(max_tokens=1), times
-    # the first token, and reads num_cached_tokens: what the cache has found.
+    # An AsyncLLMEngine with these of vLLM's arguments. `engine.ask` predicts what its cache will find, sends token ids
+    # with SamplingParams(max_tokens=1), times the first token, and reads what was found: num_cached_tokens.
     with run.timed("engine_start", "Starting vLLM..."):
         engine = run.start_engine(
             enable_prefix_caching=not run.args.no_prefix_caching,
             max_model_len=length,
             max_num_batched_tokens=length,  # a prompt is computed in one step
-            kv_cache_memory_bytes=model.kv_bytes(16, length),  # room for all arms: what a turn leaves, the next finds
-            graph_tokens=suffix,  # on a GPU: steps as short as a hit's are replayed as one CUDA graph
+            kv_cache_memory_bytes=model.kv_bytes(16, length),  # 16 prompts; a turn is found again by the next turn only
+            graph_tokens=suffix,  # ours: on a GPU, steps as short as a hit's are replayed as one CUDA graph
         )
     await run.warm_up(longest, suffix)
     with run.timed("measuring"):
@@ -350,7 +354,7 @@ async def compaction(run: Run, engine: Engine, static: str) -> None:
 async def generated_tokens(run: Run, engine: Engine, static: str) -> None:
     """Send back what the model wrote, as its token ids or as text that is tokenised again."""
     model = run.model
-    known = sorted(n for n in model.tokenizer.get_vocab().values() if n < model.vocabulary)  # either may be the larger
+    known = sorted(n for n in model.tokenizer.get_vocab().values() if n < model.vocabulary)  # ids that both have
     # The likeliest token of random weights is always the same: these are drawn, and of those that have a text.
     sampling = dict(max_tokens=OUTPUT_TOKENS, temperature=1.0, seed=1, allowed_token_ids=known)
     ids = model.encode(good_messages(static, 0))
@@ -388,7 +392,7 @@ def course_arithmetic(run: Run) -> None:
     bill = cost(good, run.args) / cost(bad, run.args) - 1
     run.print(f"measured here: computed {computed:+.0%}, cost {bill:+.0%}")
     run.print(f"120 tokens become 170 when edited, 190 when appended: 170 and {190 - 120} to compute,")
-    run.print(f"but {190 - 120 // size * size} in blocks of {size}: a short prompt gains little or nothing")
+    run.print(f"but {190 - (120 // size * size)} in blocks of {size}: a short prompt gains little or nothing")
 
 
 # --- the instrument: how it is measured; the same in all four lessons ---

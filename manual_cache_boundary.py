@@ -5,22 +5,23 @@ Write a prompt in two parts, the static one first, and mark where it ends:
     <instructions, policies, tools> // __CACHE_END__ <user data, question>
 
 vLLM has no such marker: it finds the longest cached prefix of every prompt by
-itself, in whole blocks. There the boundary is a discipline of yours, split
-off before the prompt is sent, and a place up to which the cache can be primed
-before the first user comes. Hosted APIs with explicit breakpoints do need to
-be told: a field of the request, not a text in the prompt, says "keep the
-prefix up to here", and a prefix that does not match exactly is not found.
+itself, in whole blocks of tokens. There the boundary is a rule of your own: the
+marker is taken out before the prompt is sent, and says how far the cache can be
+primed before the first user comes. Hosted APIs with explicit breakpoints do
+need to be told: a field of the request, not a text in the prompt, says "keep
+the prefix up to here", and a prefix that does not match exactly is not found.
 
   bad   dynamic data stands before the end of the static part
   good  the prompt is split at the marker; all dynamic data comes after it
 
-Both arms send the same text and both are primed once (request 0), before it
-is known who will ask. In good the very first user hits.
+Both arms send the same sentences, and both are primed once, for a reader who
+does not exist (request 0). In good the very first user (request 1) hits.
 
-Then the same on an engine without automatic prefix caching, a transformers
-model: `PrefixStore` keeps the KV of marked prefixes under the SHA-256 of their
+Then the good prompts once more, on an engine without automatic prefix caching:
+a transformers model with random weights, without a store (bad) and with one
+(good). `PrefixStore` keeps the KV of marked prefixes under the SHA-256 of their
 token ids, within a byte budget (least recently used out first), for a time to
-live, pinned on request. Its answers are compared with uncached ones.
+live, pinned on request. First-token logits are compared with uncached ones.
 
 --prompt-file FILE takes a prompt of your own with the marker in it.
 --deeper adds: a boundary too early, too late, and inside a token.
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache
 
-# Run, Engine, Measurement and the small functions stand below: the instrument, and the plumbing, which can be skipped.
+# What is not defined here stands below: the instrument (Engine, Measurement, ...), and the plumbing (Run, Model, ...).
 
 # --- the lesson: a prompt split at a marker, sent to vLLM; then a store for an engine without prefix caching ---
 
@@ -64,7 +65,7 @@ def default_prompt(tokens: int, count: Callable[[str], int]) -> str:
     """Return instructions and tools of about `tokens` tokens, as counted by `count`, the marker, and a question."""
     text, tools = INSTRUCTIONS, 0
     while (missing := tokens - count(text)) > 0:
-        for _ in range(1 + missing // 200):  # a tool is no 200 tokens
+        for _ in range(1 + missing // 200):  # a tool has less than 200 tokens: one too many at most
             verb, noun = VERBS[tools % len(VERBS)], NOUNS[tools // len(VERBS) % len(NOUNS)]
             version = 1 + tools // (len(VERBS) * len(NOUNS))
             does = f"Use it to {verb} a {noun}."
@@ -125,6 +126,7 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     for n in range(run.args.requests):
         measured = {}
         for arm in in_turn(LAYOUTS, n):
+            # The salt gives each arm a part of the cache of its own.
             measured[arm] = await engine.ask(prompts[arm][n], "main", arm, n, salt=arm)
         run.print_pair(n, measured["bad"], measured["good"])
     bad, good = run.measured("main", "bad")[1:], run.measured("main", "good")[1:]
@@ -162,20 +164,21 @@ async def lesson(run: Run) -> None:
     length = longest + OUTPUT_TOKENS
     explicit = plan_explicit_engine(run, longest)
 
-    # An AsyncLLMEngine with these of vLLM's arguments. `ask` sends it token ids and SamplingParams(max_tokens=1), times
-    # the first token, and reads num_cached_tokens: what the cache has found.
+    # An AsyncLLMEngine with these of vLLM's arguments. `engine.ask` predicts what its cache will find, sends token ids
+    # with SamplingParams(max_tokens=1), times the first token, and reads what was found: num_cached_tokens.
     with run.timed("engine_start", "Starting vLLM..."):
         engine = run.start_engine(
             enable_prefix_caching=not run.args.no_prefix_caching,
             max_model_len=length,
             max_num_batched_tokens=length,  # a prompt is computed in one step
-            kv_cache_memory_bytes=model.kv_bytes(8, length),  # room for eight: what one request leaves, the next finds
-            graph_tokens=suffix,  # on a GPU: steps as short as a hit's are replayed as one CUDA graph
+            kv_cache_memory_bytes=model.kv_bytes(8, length),  # eight prompts; what is found again was used a moment ago
+            graph_tokens=suffix,  # ours: on a GPU, steps as short as a hit's are replayed as one CUDA graph
         )
     await run.warm_up(longest, suffix)
     with run.timed("measuring"):
         await pair(run, engine, prompts)
-        await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
+        if primed:
+            await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
     run.end_engine(engine)  # its cores and memory are needed now
     with run.timed("measuring"):
         explicit.load(max(map(len, prompts["good"])))
@@ -185,7 +188,7 @@ async def lesson(run: Run) -> None:
 
 
 def marked_tokens(model: Model, prompt: str) -> int:
-    """Return how many tokens stand before the marker, up to the last one that what follows leaves as it is."""
+    """Return how many tokens stand before the marker, without a last one that would merge with what follows."""
     text = model.render(good_messages(prompt, 0))
     return common_prefix(model.tokens(text[: text.index(reader(0))]), model.tokens(text))
 
@@ -210,7 +213,7 @@ def main() -> int:
     if args.prompt_file and args.prefix_tokens is not None:
         parser.error("--prompt-file brings a prompt of its own length: leave --prefix-tokens out")
     if args.prompt_file:
-        args.prefix_tokens = 0
+        args.prefix_tokens = 0  # the length comes from the file
     return run_lesson(args, lesson)
 
 
@@ -381,7 +384,7 @@ def plan_explicit_engine(run: Run, longest: int) -> ExplicitEngine:
 
     model = run.model
     kv_bytes = 4 * longest * model.kv_bytes_per_token // model.dtype.itemsize  # in float32
-    # In float32 a GPU computes some ten times slower: a shape for an eighth of it takes about as long as vLLM's.
+    # In float32 a GPU computes some ten times slower, so the built-in model is the one for an eighth of its memory.
     name = model.name if run.args.model else built_in_model(model.gpu_memory // 8)
     run.environment["transformers_model"] = "/".join(Path(name).parts[-2:])
     if model.on_gpu:
@@ -410,7 +413,7 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
     counts = f"{store.hits} hits, {store.misses} misses, {store.evictions} evictions"
     run.print(f"store: {counts}, {store.nbytes() / 1e6:.1f} MB held")
 
-    _, spoilt = store.get(prompts[-1])
+    _, spoilt = store.get(prompts[-1])  # a copy: the store is not harmed
     for layer in spoilt.layers:
         layer.values.mul_(-1)
     control = apart(explicit.prefill(prompts[-1], spoilt)[1], logits["bad"])
@@ -476,14 +479,14 @@ def inside_a_token(model: Model, static: str, whole: list[int], boundary: int) -
 def boundary_places(model: Model, prompt: str, boundary: int) -> dict[str, list[int]]:
     """Return what is primed, as token ids, with the boundary where it belongs and where it does not."""
     text, whole = model.render(good_messages(prompt, 0)), model.encode(good_messages(prompt, 0))
-    static = text[: text.index(reader(0))]
+    static = text[: text.index(reader(0))]  # as rendered
     primed = {
         "right": whole[:boundary],
         "too early": model.tokens(half_way(model, static, boundary)),
         "too late": model.tokens(static + reader(0)),
     }
     inside = inside_a_token(model, static, whole, boundary)
-    return primed | ({"inside a token": inside} if inside else {})  # a text without letters has no such place
+    return primed | ({"inside a token": inside} if inside else {})  # not every text has such a place
 
 
 async def boundaries_on_vllm(run: Run, engine: Engine, primed: dict[str, list[int]], whole: list[int]) -> None:
@@ -516,9 +519,9 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
 
     right, early, late = on_vllm["right"], on_vllm["too early"], on_vllm["too late"]
     run.claim("a boundary too early leaves less to find", early < right, f"{early:,} of {right:,} tokens")
-    nothing_stored = in_store["too late"] == 0 and late >= right
+    only_on_vllm = in_store["too late"] == 0 and late >= right
     evidence = f"{in_store['too late']:,}, {late:,} tokens"
-    run.claim("a boundary too late: nothing in the store, on vLLM all that is static", nothing_stored, evidence)
+    run.claim("a boundary too late: nothing in the store, on vLLM all that is static", only_on_vllm, evidence)
     if "inside a token" in primed:
         lost = len(primed["inside a token"]) - on_vllm["inside a token"]
         run.claim("a boundary inside a token loses a block", lost >= run.model.block_size, f"{lost} tokens")

@@ -9,19 +9,20 @@ a conversation's next turn finds its past only on the worker that computed it.
         Nothing is stored, all routers agree, and when a worker is lost only
         its own sessions move
 
-Each arm sends the same sessions, in the same order, at the same time, to real
-vLLM workers on cores (or GPUs) of their own, and each has its own part of the
-cache. What all sessions share, the system prompt, is primed once per worker.
-The order in which sessions arrive is shuffled each turn: in lockstep, with as
-many sessions as a multiple of the workers, round robin would be sticky by
-accident. Order and lengths of the sessions come from the printed seed.
+Each arm sends the same sessions in the same order to the same vLLM workers,
+each on cores of its own (on a GPU of its own where there are enough). The arms
+take turns; within a turn all sessions send at once. What sessions share, the
+system prompt, is primed once per worker. The order in which they arrive is
+shuffled each turn: else six sessions on two workers would come back to the same
+one each turn, and round robin would be sticky by accident. Order and lengths of
+the sessions come from the printed seed.
 
 Request n is turn n of a session, `--requests` the most turns of one. Turn 0
-is new everywhere and left out of hit rates and medians.
+fills the cache and is left out of the comparison and the claims.
 
 --deeper adds: the price of stickiness (a hot session that sends half of all
 requests; bounded load and prefix-aware routing as ways out), and the loss of
-a worker, computed for many and live.
+a worker, computed for 5,000 sessions on eight, and live on these.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 
-# Run, Engine, Measurement and the small functions stand below: the instrument, and the plumbing, which can be skipped.
+# What is not defined here stands below: the instrument (Engine, Measurement, ...), and the plumbing (Run, Model, ...).
 
 # --- the lesson: the same sessions sent to several vLLM workers, routed in two ways ---
 
@@ -81,7 +82,7 @@ def report(session: str, tokens: int, count: Callable[[str], int]) -> str:
     """Return the incident report of one session, about `tokens` tokens as counted by `count`: its own long context."""
     dice, text = random.Random(session), f"{session}: incident report\n"
     while (missing := tokens - count(text)) > 0:
-        for _ in range(1 + missing // 100):  # a line is no 100 tokens
+        for _ in range(1 + missing // 100):  # a line has less than 100 tokens: one too many at most
             at = f"{dice.randrange(24):02}:{dice.randrange(60):02}"
             part, event, requests = dice.choice(list(PARTS)), dice.choice(EVENTS), dice.randrange(100, 1000)
             text += f"{at} the {part} {event} ({requests} requests)\n"
@@ -165,13 +166,17 @@ async def send(
 
     async def send_in_order(session: str) -> None:
         for worker, ids in queues[session]:
+            # The salt gives each arm a part of every worker's cache of its own.
             await workers[worker].ask(ids, experiment, arm, turn, session=session, salt=arm)
 
     await asyncio.gather(*map(send_in_order, queues))
 
 
 def shared_prefixes(prompts: list[list[int]], block_size: int) -> list[list[int]]:
-    """Return the leading blocks that a prompt has in common with any other one, each run of blocks once."""
+    """Return the leading blocks that a prompt has in common with any other one, each run of blocks once.
+
+    Blocks are told apart as the cache does it: by a hash over a block and all before it.
+    """
     chains = [list(CacheModel(block_size).chain(ids)) for ids in prompts]
     owners = Counter(block for chain in chains for block in chain)  # how many prompts have a block
     shared = set()
@@ -185,7 +190,7 @@ def shared_prefixes(prompts: list[list[int]], block_size: int) -> list[list[int]
 
 
 async def prime(workers: list[Engine], arm: str, prompts: list[list[int]]) -> None:
-    """Let every worker compute what sessions share, so that no two of them race for it."""
+    """Let every worker compute what sessions share, so that two that arrive together do not compute it twice."""
     for engine in workers:
         for ids in shared_prefixes(prompts, engine.block_size):
             await engine.ask(ids, "shared", arm, 0, salt=arm)
@@ -196,8 +201,9 @@ async def pair(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     routers = {arm: router(len(workers)) for arm, router in ARMS.items()}
     for arm in ARMS:
         await prime(workers, arm, [prompts[0] for prompts in traffic.prompts.values()])
-    turns = sorted(map(len, traffic.prompts.values()))
-    run.print(f"{len(turns)} sessions of {turns[0]} to {turns[-1]} turns, shuffled every turn (seed {run.args.seed})")
+    lengths = sorted(map(len, traffic.prompts.values()))
+    turns = f"{lengths[0]} to {lengths[-1]} turns"
+    run.print(f"{len(lengths)} sessions of {turns}, shuffled every turn (seed {run.args.seed})")
     columns = f"{'cached / prompt':>17}{'hits':>6}{'TTFT':>10}"
     run.print(f"{'':13}[bold red]{'BAD: round robin':<36}[/][bold green]GOOD: session affinity")
     run.print(f"turn sessions{columns}{columns}")
@@ -249,8 +255,8 @@ def claim_counts(run: Run, traffic: Traffic, bad: list[Measurement], good: list[
     """Claim what the token counts must show: who found a session's past, and who could not."""
     kept, found_all = 0, True
     for m in good:
-        before, after = traffic.prompts[m.session][m.request - 1 : m.request + 1]
-        in_common = run.model.whole_blocks(common_prefix(before, after))
+        turns = traffic.prompts[m.session]
+        in_common = run.model.whole_blocks(common_prefix(turns[m.request - 1], turns[m.request]))
         kept += in_common
         found_all = found_all and m.cached_tokens >= in_common
     evidence = f"{sum(m.cached_tokens for m in good):,} tokens found, {kept:,} were there"
@@ -265,8 +271,8 @@ def claim_counts(run: Run, traffic: Traffic, bad: list[Measurement], good: list[
 
 def moves(measured: list[Measurement]) -> int:
     """Count how often a session comes to a worker that is new to it; its first worker is no move."""
-    homes = {(m.session, m.worker) for m in measured}
-    return len(homes) - len({session for session, _ in homes})
+    pairs = {(m.session, m.worker) for m in measured}
+    return len(pairs) - len({session for session, _ in pairs})
 
 
 def pair_ratios(bad: list[Measurement], good: list[Measurement]) -> list[float]:
@@ -276,7 +282,10 @@ def pair_ratios(bad: list[Measurement], good: list[Measurement]) -> list[float]:
 
 
 def pair_verdict(ratios: list[float], sign_test: bool) -> str:
-    """Say how many requests were faster with affinity, and by how much; p: as many, or as few, by chance alone."""
+    """Say how many requests were faster with affinity, and by how much.
+
+    p is how probable so uneven a count would be if both arms were equally fast.
+    """
     faster, count = sum(ratio > 1 for ratio in ratios), len(ratios)
     verdict = f"TTFT of the same request: {faster} of {count} faster with affinity"
     if 2 * faster <= count:
@@ -321,15 +330,15 @@ async def lesson(run: Run) -> None:
     length = longest + OUTPUT_TOKENS
     run.environment |= {"workers": args.workers, "sessions": args.sessions, "seed": args.seed}
 
-    # Each worker is an AsyncLLMEngine with these of vLLM's arguments. `ask` sends token ids and SamplingParams(
-    # max_tokens=1), times the first token, and reads num_cached_tokens: what the cache of this worker has found.
+    # Each worker is an AsyncLLMEngine with these of vLLM's arguments. `ask` predicts what its cache will find, sends
+    # token ids with SamplingParams(max_tokens=1), times the first token, and reads what was found: num_cached_tokens.
     workers = await start_workers(
         run,
         enable_prefix_caching=not args.no_prefix_caching,
         max_model_len=length,
-        max_num_batched_tokens=length,  # a prompt is computed in one step
+        max_num_batched_tokens=length,  # a prompt alone is computed in one step
         kv_cache_memory_bytes=model.kv_bytes(2 * args.sessions + 2, length),  # room for both arms: nothing is evicted
-        graph_tokens=args.sessions * suffix,  # on a GPU: steps as short as hits are replayed as one CUDA graph
+        graph_tokens=args.sessions * suffix,  # ours: on a GPU, steps this short are replayed as one CUDA graph
     )
     await run.warm_up(longest, suffix)
     with run.timed("measuring"):
@@ -337,64 +346,6 @@ async def lesson(run: Run) -> None:
         if args.deeper:
             await hot_session(run, workers, traffic, hot)
             await lost_worker(run, workers, traffic)
-
-
-async def start_workers(run: Run, **arguments: object) -> list[Engine]:
-    """Start all workers together, each on its own cores, or on its own GPU where there are enough."""
-    count = run.args.workers
-    gpus, cores = worker_places(run.model.on_gpu, count)
-    check_memory(run.model, arguments["kv_cache_memory_bytes"], sharing=1 if gpus else count)
-
-    def start_one(worker: int) -> Engine:
-        os.sched_setaffinity(0, cores[worker])  # of this thread, and of the engine that it makes
-        return run.start_engine(worker=worker, **arguments)
-
-    with run.timed("engine_start", f"Starting {count} vLLM workers..."):
-        starting = []
-        for worker in range(count):
-            if gpus:
-                os.environ["CUDA_VISIBLE_DEVICES"] = gpus[worker]  # an engine inherits it when it is made
-            before = len(multiprocessing.active_children())
-            starting.append(asyncio.create_task(asyncio.to_thread(start_one, worker)))
-            while len(multiprocessing.active_children()) == before and not starting[-1].done():
-                await asyncio.sleep(0.05)
-        return await asyncio.gather(*starting)
-
-
-def worker_places(on_gpu: bool, count: int) -> tuple[list[str], list[list[int]]]:
-    """Return a GPU for each worker, or none where they must share one, and the cores of each."""
-    cores = sorted(os.sched_getaffinity(0))
-    if on_gpu:
-        import torch
-
-        every = ",".join(map(str, range(torch.cuda.device_count())))
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-        return gpus[:count] if len(gpus) >= count else [], [cores] * count
-    if count > len(cores):
-        raise UsageError(f"--workers {count} needs as many cores, {len(cores)} are here")
-    each = len(cores) // count
-    return [], [cores[worker * each : (worker + 1) * each] for worker in range(count)]
-
-
-def check_memory(model: Model, kv_bytes: int, sharing: int) -> None:
-    """Raise LessonError unless `sharing` workers with so large a KV cache fit into what memory is free."""
-    import psutil  # comes with vLLM
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):  # shapes without numbers
-            shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.name))
-    except (ImportError, ValueError) as error:
-        raise LessonError(f"the size of the model in {model.name} is not to be found: {telling_line(error)}") from error
-    weights = sum(parameter.numel() for parameter in shapes.parameters()) * model.dtype.itemsize
-    have = model.gpu_memory or psutil.virtual_memory().available
-    need = sharing * (weights + kv_bytes + 2**30)  # and what an engine takes besides
-    if need > have:
-        sizes = f"{sharing} workers need {need / 2**30:.1f} GiB ({kv_bytes / 2**30:.1f} GiB of KV cache each)"
-        advice = "take fewer --workers or --sessions, or a smaller --prefix-tokens"
-        there = "there" if model.on_gpu else "free"
-        raise LessonError(f"{sizes}, {have / 2**30:.1f} GiB are {there}: {advice}")
 
 
 def check_template(model: Model, turns: list[list[dict]]) -> None:
@@ -440,7 +391,7 @@ class PrefixAware:
     def __init__(self, workers: int, block_size: int, everywhere: list[list[int]]) -> None:
         self.known, self.requests = [CacheModel(block_size) for _ in range(workers)], [0] * workers
         for known, ids in itertools.product(self.known, everywhere):
-            known.store(ids)  # what all workers hold must draw nobody: else all follow the first
+            known.store(ids)  # all workers hold this; not knowing that, new sessions would all follow the first one
 
     def route(self, session: str, ids: list[int]) -> int:
         worker = max(range(len(self.known)), key=lambda w: (self.known[w].cached_tokens(ids), -self.requests[w]))
@@ -548,6 +499,69 @@ def hit_rates(measured: list[Measurement], turns: range) -> str:
         group = [m for m in measured if m.request == turn]
         cells += f"{f'{hit_rate(group):.0%}' if group else '-':>8}"
     return cells
+
+
+# --- the lesson, its workers: where each runs, and whether they fit ---
+
+
+async def start_workers(run: Run, **arguments: object) -> list[Engine]:
+    """Start all workers together, each on its own cores, or on its own GPU where there are enough."""
+    count = run.args.workers
+    gpus, cores = worker_places(run.model.on_gpu, count)
+    check_memory(run.model, arguments["kv_cache_memory_bytes"], sharing=1 if gpus else count)
+
+    def start_one(worker: int) -> Engine:
+        os.sched_setaffinity(0, cores[worker])  # of this thread, and of the engine that it makes
+        return run.start_engine(worker=worker, **arguments)
+
+    with run.timed("engine_start", f"Starting {count} vLLM workers..."):
+        starting = []
+        for worker in range(count):
+            if gpus:
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpus[worker]  # an engine inherits it when it is made
+            before = len(multiprocessing.active_children())
+            starting.append(asyncio.create_task(asyncio.to_thread(start_one, worker)))
+            # Until its process is there: it inherits this thread's GPU, and the next one's is set then.
+            while len(multiprocessing.active_children()) == before and not starting[-1].done():
+                await asyncio.sleep(0.05)
+        return await asyncio.gather(*starting)
+
+
+def worker_places(on_gpu: bool, count: int) -> tuple[list[str], list[list[int]]]:
+    """Return a GPU for each worker, or none where they must share one, and the cores of each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if on_gpu:
+        import torch
+
+        every = ",".join(map(str, range(torch.cuda.device_count())))
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+        enough = len(gpus) >= count
+        return gpus[:count] if enough else [], [cores] * count
+    if count > len(cores):
+        raise UsageError(f"--workers {count} needs as many cores, {len(cores)} are here")
+    each = len(cores) // count
+    return [], [cores[worker * each : (worker + 1) * each] for worker in range(count)]
+
+
+def check_memory(model: Model, kv_bytes: int, sharing: int) -> None:
+    """Raise LessonError unless `sharing` workers with so large a KV cache fit into what memory is free."""
+    import psutil  # comes with vLLM
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):  # shapes without numbers
+            shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.name))
+    except (ImportError, ValueError) as error:
+        raise LessonError(f"the size of the model in {model.name} is not to be found: {telling_line(error)}") from error
+    weights = sum(parameter.numel() for parameter in shapes.parameters()) * model.dtype.itemsize
+    have = model.gpu_memory or psutil.virtual_memory().available
+    need = sharing * (weights + kv_bytes + 2**30)  # and what an engine takes besides
+    if need > have:
+        sizes = f"{sharing} workers need {need / 2**30:.1f} GiB ({kv_bytes / 2**30:.1f} GiB of KV cache each)"
+        advice = "take fewer --workers or --sessions, or a smaller --prefix-tokens"
+        there = "there" if model.on_gpu else "free"
+        raise LessonError(f"{sizes}, {have / 2**30:.1f} GiB are {there}: {advice}")
 
 
 # --- the instrument: how it is measured; the same in all four lessons ---

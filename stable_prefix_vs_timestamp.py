@@ -2,23 +2,25 @@
 
 Before a language model writes its first token it must read the whole prompt:
 for every token, every layer computes a key and a value. This is the prefill,
-and it is most of the time to first token (TTFT). vLLM keeps those keys and
-values in blocks of tokens. A block is found again by a hash over its own
-tokens and over all blocks before it (a chain, not a radix tree; the answer is
-the same). So a prompt that starts like an earlier one, token for token, skips
-the common part, rounded down to whole blocks; from the first different token
-on, everything is computed again, however equal the rest may be.
+for a long prompt most of the time to first token (TTFT). vLLM keeps those keys
+and values in blocks of tokens. A block is found again by a hash over its own
+tokens and over all blocks before it (vLLM keeps no radix tree, as is sometimes
+said). So a prompt that starts like an earlier one, token for token, skips the
+common part, rounded down to whole blocks; from the first different token on,
+everything is computed again, however equal the rest may be.
 
 An agent sends its instructions, policies and tools with every request, and
-often the current time as well. The two arms hold the same text:
+often the current time as well. The two arms hold the same sentences:
 
-  bad   the clock opens the system prompt: each request is new from the top
+  bad   the clock opens the system prompt: each request is new from the clock on
   good  the clock rides with the question: the long system prompt is the same
 
-Predicted cached tokens come from a ten-line model of the cache, and must equal
-what vLLM reports on every request. Request 0 of an arm fills the cache and is
-left out of medians. The engine is warmed up first, with other text, so that
-the slow first request of a process is not mistaken for a cache miss.
+Before each request a ten-line model of the cache predicts how many tokens are
+found. Where vLLM reports another number, or a claim about token counts does
+not hold, the exit status is 1; times are shown and not judged. Request 0 of an
+arm fills the cache and is left out of medians. The engine is warmed up first,
+with other text, so that the slow first request of a process is not mistaken
+for a cache miss. Weights may be random: no answer is read here.
 
 --deeper adds: where in the prompt the change stands; user data inside or after
 the system message; the prompt's length, with decoding as the control; what the
@@ -34,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-# Run, Engine, Measurement and the small functions stand below: the instrument, and the plumbing, which can be skipped.
+# What is not defined here stands below: the instrument (Engine, Measurement, ...), and the plumbing (Run, Model, ...).
 
 # --- the lesson: two prompt layouts, sent to vLLM ---
 
@@ -94,14 +96,14 @@ def system_prompt(tokens: int, count: Callable[[str], int]) -> str:
     text = f"{INSTRUCTIONS}\n# Policies\n{POLICIES}\n# Tools\n"
     tools = tool_definitions()
     while (missing := tokens - count(text)) > 0:
-        # Several tools between two counts, since counting is slow; each has fewer than 200 tokens, so never too many.
+        # Several tools between two counts, since counting is slow. Each has less than 200 tokens: one too many at most.
         for _ in range(1 + missing // 200):
             text += next(tools)
     return text
 
 
 def clock(n: int) -> str:
-    """Return the time of request `n`: an input, so that no two requests can share a second by accident."""
+    """Return the time of request `n`, computed and not read from a clock: no two requests share a second."""
     return f"{datetime.datetime(2026, 1, 15, 9, 30) + n * datetime.timedelta(seconds=47):%Y-%m-%d %H:%M:%S}"
 
 
@@ -137,27 +139,28 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     run.print_break("Two bad prompts", *prompts["bad"][:2])
 
     # What the prompts themselves allow: a cache finds whole blocks of what two prompts have in common from the top.
-    clocks_apart = max(common_prefix(a, b) for a, b in itertools.combinations(prompts["bad"], 2))
-    before_clock = run.model.whole_blocks(clocks_apart)
+    shared_by_bad = max(common_prefix(a, b) for a, b in itertools.combinations(prompts["bad"], 2))
+    before_clock = run.model.whole_blocks(shared_by_bad)
     static = run.model.whole_blocks(min(common_prefix(prompts["good"][0], ids) for ids in prompts["good"][1:]))
     most_bad = max(m.cached_tokens for m in bad)
     least_good = min(m.cached_tokens for m in good)
-    longer = max(abs(b.prompt_tokens - g.prompt_tokens) for b, g in zip(bad, good, strict=True))
-    none_behind = most_bad <= before_clock < static
+    only_before_clock = most_bad <= before_clock < static
     evidence = f"at most {most_bad:,} tokens found, {before_clock:,} stand before the clock"
-    run.claim("a bad request finds no more than what stands before the clock", none_behind, evidence)
+    run.claim("a bad request finds no more than what stands before the clock", only_before_clock, evidence)
     evidence = f"at least {least_good:,} tokens found, {static:,} are static"
     run.claim("a good request finds the whole static prefix", least_good >= static, evidence)
-    evidence = f"{longer} tokens apart"
-    run.claim("both arms send equally long prompts, within a block", longer < run.model.block_size, evidence)
-    in_front, behind = (statistics.median(m.computed_tokens for m in arm) for arm in (bad, good))
+    length_gap = max(abs(b.prompt_tokens - g.prompt_tokens) for b, g in zip(bad, good, strict=True))
+    evidence = f"{length_gap} tokens apart"
+    run.claim("both arms send equally long prompts, within a block", length_gap < run.model.block_size, evidence)
+    in_front = statistics.median(m.computed_tokens for m in bad)
+    behind = statistics.median(m.computed_tokens for m in good)
     run.print(f"\nTokens computed per request: {in_front:,.0f} with the clock in front, {behind:,.0f} behind.")
     run.print(time_verdict(bad, good))
 
 
 async def lesson(run: Run) -> None:
     """Make the prompts, start vLLM with room for them, and send them."""
-    model, tokens = run.model, run.args.prefix_tokens
+    model, tokens = run.model, run.args.prefix_tokens  # the language model's tokenizer and limits; nothing runs yet
     system = system_prompt(tokens, model.count)
     prompts = {}
     for arm, layout in LAYOUTS.items():
@@ -170,15 +173,15 @@ async def lesson(run: Run) -> None:
     suffix = model.suffix(prompts["good"])  # what a hit leaves to compute
     length = longest + OUTPUT_TOKENS
 
-    # An AsyncLLMEngine with these of vLLM's arguments. `ask` sends it token ids and SamplingParams(max_tokens=1), times
-    # the first token, and reads num_cached_tokens: what the cache has found.
+    # An AsyncLLMEngine with these of vLLM's arguments. `engine.ask` predicts what its cache will find, sends token ids
+    # with SamplingParams(max_tokens=1), times the first token, and reads what was found: num_cached_tokens.
     with run.timed("engine_start", "Starting vLLM..."):
         engine = run.start_engine(
             enable_prefix_caching=not run.args.no_prefix_caching,
             max_model_len=length,
             max_num_batched_tokens=length,  # a prompt is computed in one step
-            kv_cache_memory_bytes=model.kv_bytes(8, length),  # room for eight: what one request leaves, the next finds
-            graph_tokens=suffix,  # on a GPU: steps as short as a hit's are replayed as one CUDA graph
+            kv_cache_memory_bytes=model.kv_bytes(8, length),  # eight prompts; what is found again was used a moment ago
+            graph_tokens=suffix,  # ours: on a GPU, steps as short as a hit's are replayed as one CUDA graph
         )
     await run.warm_up(longest, suffix)
     with run.timed("measuring"):
@@ -283,7 +286,9 @@ async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> list[int]:
         for n in range(SAMPLES):
             await engine.reset()
             for arm in ("miss", "hit"):
-                await engine.ask(ids[:length], f"length {length}", arm, n, max_tokens=33)
+                await engine.ask(
+                    ids[:length], f"length {length}", arm, n, max_tokens=33
+                )  # the first, and 32 to time decoding
         misses, hits = run.measured(f"length {length}", "miss"), run.measured(f"length {length}", "hit")
         miss, hit = median_ms(misses), median_ms(hits)
         bound = length / hits[0].computed_tokens
@@ -340,9 +345,9 @@ def hashing(run: Run, ids: list[int]) -> None:
 
 async def naive_speed_up(run: Run, engine: Engine) -> None:
     """The same division with a cold engine in the numerator: what a benchmark without warm-up reports."""
-    first, *_, hit = run.measured("warm_up", "decoy")
+    first, *_, hit = run.measured("warm_up", "decoy")  # one unrelated prompt, then hits of it
     await engine.reset()
-    miss = await engine.ask([5] * first.prompt_tokens, "warm_up", "warm decoy", 0)
+    miss = await engine.ask([5] * first.prompt_tokens, "warm_up", "warm decoy", 0)  # another token than theirs
     cold, warm, found = (milliseconds(m.ttft_ms) for m in (first, miss, hit))
     run.print(f"\n[bold]Without a warm-up[/] ({first.prompt_tokens:,} tokens, one sample each)")
     run.print(f"first request of the engine {cold}, a miss when warm {warm}, a hit {found}")

@@ -220,9 +220,9 @@ def checks() -> Iterator[Check]:
     available, free, driver = free_memory() / gib, shutil.disk_usage(HERE).free / gib, nvidia_driver()
     cores = len(os.sched_getaffinity(0))
     yield Check("cores", True, str(cores))
-    yield Check("free memory", available >= 3, f"{available:.1f} GiB", "an engine takes 3 GiB: close something")
-    if 3 <= available < 6:
-        yield Check("lesson 4", False, "takes 6 GiB, for two engines", "close something before it", needed=False)
+    yield Check("free memory", available >= 2, f"{available:.1f} GiB", "an engine takes 2 GiB: close something")
+    if 2 <= available < 4:
+        yield Check("lesson 4", False, "takes 4 GiB, for two engines", "close something before it", needed=False)
     yield Check("free disk", free >= 1, f"{free:.1f} GiB", "free some: logs and temporary files need 1 GiB")
     if driver is None:
         yield Check("GPU", True, "no NVIDIA GPU answers; the CPU build is used")

@@ -166,7 +166,7 @@ def test_a_driver_that_is_too_old_is_a_note_and_no_fault(nvidia_smi) -> None:
     assert "the CPU build is used" in gpu.remedy
 
 
-@pytest.mark.parametrize(("gib", "marks"), [(2, ["FAIL"]), (4, ["ok", "note"]), (8, ["ok"])])
+@pytest.mark.parametrize(("gib", "marks"), [(1, ["FAIL"]), (3, ["ok", "note"]), (5, ["ok"])])
 def test_memory_for_one_engine_is_needed_and_for_two_it_is_a_note(
     monkeypatch: pytest.MonkeyPatch, gib: int, marks: list[str]
 ) -> None:

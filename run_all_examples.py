@@ -13,10 +13,13 @@ that can run here, an environment is set up first, once, in .venv beside this fi
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
+import functools
 import importlib.util
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -42,6 +45,7 @@ LESSONS = {
     3: Lesson("manual_cache_boundary", "an explicit boundary, and a store for engines without prefix caching"),
     4: Lesson("session_consistency", "sessions that stay with their worker against round robin"),
 }
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PRICE_INPUT, PRICE_CACHED = 3.00, 0.30  # an example, in $ per million prompt tokens; lesson 2 takes others
 
 
@@ -156,13 +160,23 @@ class Stopped(Exception):
 
 
 def stop(signum: int, _: object) -> None:
+    for other in STOPPING:
+        signal.signal(other, signal.SIG_IGN)  # once is enough: the lesson is being ended
     raise Stopped(signum)
+
+
+def end_with_runner(runner: int) -> None:
+    """Let the kernel end this process, a lesson, when the runner ends, however it ends (prctl(2), PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != runner:  # it was too late
+        os._exit(1)
 
 
 def run_lesson(number: int, options: list[str], folder: Path) -> LessonRun:
     """Run one lesson to its end, or end it and raise Stopped."""
     result, start = folder / f"{number}.json", time.perf_counter()
-    process = subprocess.Popen([sys.executable, HERE / f"{LESSONS[number].name}.py", *options, "--json", result])
+    command = [sys.executable, HERE / f"{LESSONS[number].name}.py", *options, "--json", result]
+    process = subprocess.Popen(command, preexec_fn=functools.partial(end_with_runner, os.getpid()))
     try:
         status = process.wait()
     except Stopped as signalled:
@@ -208,6 +222,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[int], list[str]]:
     parser.add_argument("--append", action="store_true", help="add to the run recorded in --json PATH, not write anew")
     if any(not word or (word.startswith("--") and word.endswith("=")) for word in words):
         parser.error("there is an empty value among the arguments")
+    if any(re.search(r"[\x00-\x1f\x7f-\x9f]", word) for word in words):
+        parser.error("there is a control character among the arguments")
     args, others = parser.parse_known_args(words)
     numbers = []
     while others and not others[0].startswith("-"):
@@ -248,8 +264,9 @@ def main() -> int:
     if args.show:
         return show(args.show)
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
+    for signum in STOPPING:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, stop)
     runs, status = [], 0
     with tempfile.TemporaryDirectory(prefix="kv-lessons-") as folder:
         try:
@@ -258,7 +275,7 @@ def main() -> int:
                 runs.append(run_lesson(number, options, Path(folder)))
         except Stopped as signalled:
             status = 128 + signalled.args[0]
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in STOPPING:
             signal.signal(signum, signal.SIG_IGN)  # what is left takes no time
     if runs:
         summarise(runs)

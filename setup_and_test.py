@@ -277,7 +277,8 @@ def end_on_signals() -> None:
         sys.exit(128 + signum)  # subprocess.run() kills its child on the way out
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, stop)
 
 
 def main() -> int:
@@ -286,6 +287,8 @@ def main() -> int:
     what.add_argument("--full", action="store_true", help="run every test")
     what.add_argument("--no-tests", action="store_true", help="stop after the report")
     what.add_argument("--check", action="store_true", help="report only, install nothing")
+    if any(re.search(r"[\x00-\x1f\x7f-\x9f]", word) for word in sys.argv[1:]):
+        parser.error("there is a control character among the arguments")
     args = parser.parse_args()
     end_on_signals()
     if args.check:

@@ -141,7 +141,7 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     # What the prompts themselves allow: a cache finds whole blocks of what two prompts have in common from the top.
     shared_by_bad = max(common_prefix(a, b) for a, b in itertools.combinations(prompts["bad"], 2))
     before_clock = run.model.whole_blocks(shared_by_bad)
-    static = run.model.whole_blocks(min(common_prefix(prompts["good"][0], ids) for ids in prompts["good"][1:]))
+    static = run.model.whole_blocks(min(common_prefix(a, b) for a, b in itertools.pairwise(prompts["good"])))
     most_bad = max(m.cached_tokens for m in bad)
     least_good = min(m.cached_tokens for m in good)
     only_before_clock = most_bad <= before_clock < static
@@ -549,6 +549,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -560,12 +561,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Awaitable, Callable
 from io import TextIOWrapper
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GRAPH_TOKENS = 2048  # the longest step that is captured as a CUDA graph: each size takes memory and time
+BROKEN_FILES = AttributeError, KeyError, OSError, TypeError, ValueError  # raised by libraries that read a model's
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -586,7 +589,7 @@ class EngineError(LessonError):
 class Model:
     """What is known of a model, and of the machine, before an engine is started. Nothing of it changes."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, name: str) -> None:
         import transformers
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
@@ -595,9 +598,10 @@ class Model:
             raise LessonError("this vLLM was built for a GPU that does not answer: run `python3 setup_and_test.py`")
         self.on_gpu: bool = not current_platform.is_cpu()
         self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # bytes, of one GPU
-        self.name = find_model(args.model) if args.model else built_in_model(self.gpu_memory // args.workers)
+        self.name = name if args.model else built_in_model(self.gpu_memory // args.workers)
         folder = Path(self.name)
-        self.label = "/".join(folder.parts[-2:]) if args.model is None or Path(args.model).is_dir() else args.model
+        is_folder = args.model is None or Path(args.model).is_dir()
+        self.label = f"{folder.parent.name}/{folder.name}" if is_folder else args.model
         self.has_weights = not folder.is_dir() or any(list(folder.glob(kind)) for kind in WEIGHT_FILES)
         # Blocks of 32 on a GPU: of 16 twice as many are hashed, of 128 a hit computes a hundred tokens more. "uni": the
         # model runs in the engine's process. The size of the cache is given, so the utilization is but a check at the
@@ -611,8 +615,10 @@ class Model:
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, mistral_format=False)
             config = AsyncEngineArgs(**self.engine_args, enforce_eager=True).create_engine_config()
-        except (OSError, ValueError) as error:
+        except BROKEN_FILES as error:
             raise LessonError(f"vLLM cannot use the model in {self.name}: {telling_line(error)}") from error
+        if not self.count("one two three"):
+            raise LessonError(f"{self.name} has no tokenizer that makes tokens of a text")
         shape, parallel = config.model_config, config.parallel_config
         if shape.is_hybrid or shape.is_attention_free:
             raise LessonError(f"{self.name} is not a full-attention model; its cache hits cannot be predicted here")
@@ -636,12 +642,18 @@ class Model:
 
         try:
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, OverflowError, TypeError, ValueError) as error:
             raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
 
     def encode(self, messages: list[dict], answer: bool = True) -> list[int]:
         """Return the token ids of a chat; the template writes the special tokens itself."""
-        return self.tokens(self.render(messages, answer))
+        ids = self.tokens(self.render(messages, answer))
+        if not 0 <= max(ids, default=-1) < self.vocabulary:
+            fault = "knows no tokens of" if ids else "writes nothing of"
+            raise LessonError(
+                f"the model in {self.name} {fault} this prompt: tokenizer, template and config do not fit"
+            )
+        return ids
 
     def whole_blocks(self, tokens: int) -> int:
         return tokens // self.block_size * self.block_size
@@ -685,6 +697,7 @@ class Run:
         self.measurements: list[Measurement] = []  # in the order of time
         self.claims: list[dict] = []
         self.seconds = dict.fromkeys(("imports", "engine_start", "warm_up", "measuring"), 0.0)
+        name = find_model(args.model) if args.model else built_in_model(0)  # is it there? that costs no import
         with self.timed("imports", "Importing vLLM..."):
             gc.disable()  # imports leave no garbage; to look for it takes a quarter of their time
             import torch
@@ -694,7 +707,7 @@ class Run:
             from vllm.platforms import current_platform
 
             gc.freeze(), gc.enable()
-        self.model = model = Model(args)
+        self.model = model = Model(args, name)
         if args.prefix_tokens is None:
             args.prefix_tokens = 8000 if model.on_gpu else 4000
         if 0 < args.prefix_tokens < 2 * model.block_size:
@@ -702,7 +715,8 @@ class Run:
         model.check_length(args.prefix_tokens + OUTPUT_TOKENS)
         command = [re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:]]  # no path of this machine
         cores = len(os.sched_getaffinity(0))
-        title, config = sys.modules["__main__"].__doc__.splitlines()[0], Path(model.name) / "config.json"
+        script, config = Path(sys.argv[0]).stem, Path(model.name) / "config.json"
+        title, *_ = (sys.modules["__main__"].__doc__ or script).splitlines()  # under -OO there is no docstring
         self.environment = {
             "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0], "model": model.label,
@@ -715,7 +729,7 @@ class Run:
             "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
         }  # fmt: skip
         self.result = {
-            "schema": 1, "lesson": Path(sys.argv[0]).stem, "title": title, "environment": self.environment,
+            "schema": 1, "lesson": script, "title": title, "environment": self.environment,
             "seconds": self.seconds, "measurements": self.measurements, "claims": self.claims,
         }  # fmt: skip
 
@@ -752,6 +766,8 @@ class Run:
         for way in [graphs, eager] if current_platform.is_cuda_alike() else [eager]:
             try:
                 config = AsyncEngineArgs(**self.model.engine_args | arguments | way).create_engine_config()
+                if arguments["enable_prefix_caching"] and not config.cache_config.enable_prefix_caching:
+                    raise LessonError(f"vLLM has no prefix caching for {self.model.name} here: choose another --model")
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported here need not be once more
                 vllm_engine = AsyncLLMEngine.from_vllm_config(config, stat_loggers=[lambda *_: counters])
                 break
@@ -782,7 +798,8 @@ class Run:
             "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens, "
             "{execution}\nimports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
         )
-        self.console.print(banner.format_map(self.environment | self.seconds))  # names may be long: this may wrap
+        banner = banner.format_map(self.environment | self.seconds)
+        self.console.print("\n".join(map(shown, banner.split("\n"))), markup=False)  # names may be long: this may wrap
 
     def print(self, text: str, **options: object) -> None:
         """Print a row as one row: where it has more than 80 columns, the tests see it."""
@@ -886,6 +903,8 @@ def find_model(name: str) -> str:
     try:  # what asks the hub later takes a minute to find out that it is not there
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
         return name
+    except errors.HFValidationError as error:
+        raise LessonError(f"{name} is no name that the hub takes: {telling_line(error)}") from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
         if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
             answer = f"the hub answers {error.response.status_code} for {name}"
@@ -894,6 +913,11 @@ def find_model(name: str) -> str:
             return snapshot_download(name, local_files_only=True)
         except OSError:
             raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from error
+
+
+def shown(text: str) -> str:
+    """Return a text that is not ours as a terminal may have it: its control characters are seen, and do nothing."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def telling_line(error: BaseException) -> str:
@@ -931,13 +955,13 @@ def json_path(name: str) -> Path:
     return Path(name)
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit()) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+def at_least(minimum: int, most: int = 10**18) -> Callable[[str], int]:
+    def parse_number(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or not minimum <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}, {most:,} at most")
         return int(text)
 
-    return parse
+    return parse_number
 
 
 def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
@@ -948,7 +972,7 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
     add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
     text = f"requests per arm; 0 fills the cache (default: {requests})"
-    add("--requests", type=at_least(2), default=requests, help=text)
+    add("--requests", type=at_least(2, 10_000), default=requests, help=text)
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--deeper", action="store_true", help="add this lesson's further experiments")
@@ -960,8 +984,11 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the values of the command line. An empty one is refused: an unset variable of a shell is one."""
-    if any(not word or (word.startswith("--") and word.endswith("=")) for word in sys.argv[1:]):
-        parser.error("there is an empty value among the arguments")  # none is repeated: it may be a key
+    for word in sys.argv[1:]:  # none is repeated: it may be a key
+        if not word or (word.startswith("--") and word.endswith("=")):
+            parser.error("there is an empty value among the arguments")
+        if re.search(r"[\x00-\x1f\x7f-\x9f]", word):
+            parser.error("there is a control character among the arguments")
     return parser.parse_args()
 
 
@@ -992,11 +1019,20 @@ def prepare_process(engines: int) -> Path:
 
     Folders of runs that were killed are removed. A process of this one's making ends with it.
     """
-    for left in Path(tempfile.gettempdir()).glob("kv-lesson-*/"):
+    base = tempfile.gettempdir()
+    if len(base) > 50:  # a socket's path is no longer than 107 bytes, and vLLM adds 37 to the folder's
+        base = "/tmp"
+    for left in Path(base).glob("kv-lesson-*/"):
         with contextlib.suppress(OSError):  # another user's, in use, or gone by now
-            fcntl.flock(os.open(left, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix="new-kv-lesson-"))  # not to be taken for an old one before it is locked
+            descriptor = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
+    folder = Path(
+        tempfile.mkdtemp(prefix="new-kv-lesson-", dir=base)
+    )  # not to be taken for an old one before it is locked
     fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
     folder = folder.rename(folder.with_name(folder.name.removeprefix("new-")))
     libc, forked_by = ctypes.CDLL(None), []  # an engine may fork in its turn
@@ -1008,6 +1044,7 @@ def prepare_process(engines: int) -> Path:
     # Without vLLM's multiprocessing of its own the CPU platform, too, lets the model run in the engine's process.
     os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0", TMPDIR=str(folder))
     os.environ.update(VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(VLLM_HOST_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo")  # whatever this host is called
     tempfile.tempdir = str(folder)
     return folder
 
@@ -1016,17 +1053,21 @@ def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None
     """Run a lesson with its engines' output in a log file, and return the exit status."""
     if args.check_options:
         return 0
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: standard output is closed: there is nowhere to print to")
     use_python_with_vllm()
-    folder, pid = prepare_process(args.workers), os.getpid()
+    pid, folder = os.getpid(), None
     out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
     err = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace")
 
     def leave() -> None:
         for engine in multiprocessing.active_children():  # they write into the folder
             engine.kill(), engine.join()
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def stop(signum: int, _: object) -> None:
+        signal.signal(signum, signal.SIG_IGN)  # once is enough
         if os.getpid() == pid:  # an engine that is just being made has this handler, too
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")
@@ -1034,24 +1075,33 @@ def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None
         os._exit(128 + signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, stop)
+    folder = prepare_process(args.workers)
     log = folder / "engine.log"
     with log.open("wb") as file:
-        for stream in () if args.verbose else (1, 2):
-            os.dup2(file.fileno(), stream)
+        if not args.verbose:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    sys.excepthook = functools.partial(traceback.print_exception, file=err)  # a bug is shown all the same
+
+    async def measure_and_finish(run: Run) -> int:
+        try:
+            await measure(run)
+            return run.finish()
+        finally:
+            for engine in run.engines:
+                run.end_engine(engine)
+
     try:
-        run = Run(args, out)
-        asyncio.run(measure(run))
-        status = run.finish()
+        status = asyncio.run(measure_and_finish(Run(args, out)))
     except LessonError as error:
         told, status = str(error), error.status
         if isinstance(error, EngineError):
             told += f": {root_cause(error, log.read_text(errors='replace'))}"
             told += "" if args.verbose else f" (the engine's log: {shutil.copy(log, folder.with_suffix('.log'))})"
-        print(f"{Path(sys.argv[0]).name}: error: {told}", file=err, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {shown(told)}", file=err, flush=True)
     finally:
         leave()
-        os.dup2(err.fileno(), 2)  # a bug's traceback is shown
     out.flush()
     os._exit(status)  # all is written; to take an interpreter with vLLM in it apart takes two seconds
 

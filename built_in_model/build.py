@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -115,12 +117,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, help="one shape instead of those in the repository")
     parser.add_argument("--out", help="the folder to write, with --shape")
+    if any(re.search(r"[\x00-\x1f\x7f-\x9f]", word) for word in sys.argv[1:]):
+        parser.error("there is a control character among the arguments")
     args = parser.parse_args()
     if bool(args.shape) != bool(args.out):  # both, and not empty
         parser.error("--shape and --out belong together: --shape 7b --out DIR")
     targets = {Path(args.out): args.shape} if args.shape else {HERE / shape: shape for shape in SHAPES}
     for folder, shape in targets.items():
-        write_model(folder, shape)
+        try:
+            write_model(folder, shape)
+        except OSError as error:
+            sys.exit(f"build.py: error: cannot write {folder}: {error.strerror}")
         print(f"wrote {shape} to {folder}")
     return 0
 

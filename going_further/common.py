@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 
 from append_only_vs_inplace_edit import price
 from session_consistency import (
     ANSWER,
+    BROKEN_FILES,
     HERE,
     INSTRUCTIONS,
     OUTPUT_TOKENS,
@@ -38,6 +40,7 @@ from session_consistency import (
     root_cause,
     run_lesson,
     schedule,
+    shown,
     telling_line,
     time_verdict,
     use_python_with_vllm,
@@ -48,6 +51,7 @@ from stable_prefix_vs_timestamp import good_messages, system_prompt
 
 __all__ = [
     "ANSWER",
+    "BROKEN_FILES",
     "HERE",
     "INSTRUCTIONS",
     "OUTPUT_TOKENS",
@@ -80,6 +84,7 @@ __all__ = [
     "root_cause",
     "run_lesson",
     "schedule",
+    "shown",
     "system_prompt",
     "telling_line",
     "time_verdict",
@@ -109,6 +114,8 @@ class Parser(argparse.ArgumentParser):
             is_empty_option = word.startswith("--") and word.endswith("=")
             if not word or is_empty_option:
                 self.error("there is an empty value among the arguments")  # none is repeated: it may be a key
+            if re.search(r"[\x00-\x1f\x7f-\x9f]", word):
+                self.error("there is a control character among the arguments")
         return super().parse_known_args(args, namespace)
 
 
@@ -132,5 +139,5 @@ def render(tokenizer, messages: list[dict], **variables: object) -> str:
 
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, OverflowError, TypeError, ValueError) as error:
         raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error

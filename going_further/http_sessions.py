@@ -47,6 +47,7 @@ from going_further.common import (
     p90,
     report,
     schedule,
+    shown,
     write_json,
 )
 
@@ -561,9 +562,10 @@ def stop(signum: int, _: object) -> None:
 def run_command(program: str, command: Callable[[], int]) -> int:
     """Run a command to its exit status: one line for a foreseeable fault, and an end at once for a signal."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, stop)
     try:
         return command()
     except LessonError as error:
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {shown(str(error))}", file=sys.stderr, flush=True)
         return error.status

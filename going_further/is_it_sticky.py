@@ -39,7 +39,7 @@ import sys
 import time
 from urllib.parse import urlsplit
 
-from going_further.common import Claim, LessonError, Parser, UsageError
+from going_further.common import Claim, LessonError, Parser, UsageError, shown
 from going_further.http_sessions import (
     SESSION_HEADER,
     Arm,
@@ -160,6 +160,8 @@ async def find_served_model(args: argparse.Namespace) -> str:
             raise LessonError(f"no list of models: {describe(fault, args.key is not None)}; {hint}") from fault
     match listed:
         case {"data": [{"id": str(name)}, *_]}:
+            if args.key is not None and args.key in name:  # it would be printed
+                raise LessonError("the server's list of models repeats the API key; name the model with --served-model")
             return name
     raise LessonError(f"no list of models: {hint}")
 
@@ -171,7 +173,7 @@ def probe(args: argparse.Namespace) -> int:
     args.served_model = args.served_model or asyncio.run(find_served_model(args))
     version = importlib.metadata.version("openai")
     header = args.session_header
-    say(f"{args.served_model} at {args.url}\nopenai client {version}; the session's header: {header}\n")
+    say(f"{shown(args.served_model)} at {args.url}\nopenai client {version}; the session's header: {header}\n")
     arms = [Arm("bad", "no header", args.url, None), Arm("good", "with header", args.url, header)]
     began = time.perf_counter()
     replies = asyncio.run(measure(args, arms, new_suffix))

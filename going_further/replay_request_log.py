@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from going_further.common import (
+    BROKEN_FILES,
     HERE,
     OUTPUT_TOKENS,
     CacheModel,
@@ -46,6 +47,7 @@ from going_further.common import (
     price,
     render,
     run_lesson,
+    shown,
     telling_line,
     use_python_with_vllm,
     write_json,
@@ -408,9 +410,10 @@ def row_text(row: Row, measured: tuple[int, float] | None) -> str:
 
 
 def print_row(console, row: Row, measured: tuple[int, float] | None) -> None:
-    console.print(row_text(row, measured), markup=False)
+    console.print(shown(row_text(row, measured)), markup=False)
     if row.lost_tokens:
-        console.print(f"{'':7}{row.where}, token {row.token:,}: {row.lost_tokens:,} tokens lost", markup=False)
+        where = f"{'':7}{row.where}, token {row.token:,}: {row.lost_tokens:,} tokens lost"
+        console.print(shown(where), markup=False)
         for text in (row.before, row.after):
             console.print(f"{'':9}{text[-70:]!r}"[:80], markup=False)
 
@@ -426,7 +429,7 @@ def print_summary(console, rows: list[Row], args: argparse.Namespace) -> None:
         lost[row.kind] += row.lost_tokens
     for kind, count in sorted(counts.items(), key=lambda item: (-lost[item[0]], -item[1])):
         dollars = lost[kind] * (args.price_input - args.price_cached) / 1e6
-        console.print(f"{kind:<32}{count:>10,}{lost[kind]:>14,}{f'${dollars:.4f}':>12}")
+        console.print(f"{shown(kind):<32}{count:>10,}{lost[kind]:>14,}{f'${dollars:.4f}':>12}", markup=False)
     prices = f"${args.price_input:g} instead of ${args.price_cached:g}"
     console.print(f"cost: lost tokens at {prices} per million, prices that are an example")
 
@@ -465,7 +468,7 @@ def without_engine(args: argparse.Namespace) -> int:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, mistral_format=False)
         config = transformers.AutoConfig.from_pretrained(folder).get_text_config().to_dict()
-    except (OSError, ValueError) as error:
+    except BROKEN_FILES as error:
         raise LessonError(f"no tokenizer and config in {folder}: {telling_line(error)}") from error
     block_size = args.block_size or 16
     most = config.get("max_position_embeddings")  # not every architecture has such a limit
@@ -545,7 +548,8 @@ def main() -> int:
     parser.add_argument("--price-cached", type=price, default=0.30, help="$ per million cached tokens (example: 0.30)")
     args = parser.parse_args()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, stop)
     try:
         next(read_log(Path(args.file), 1))  # a log that cannot be read is told at once
         if not args.without_engine:
@@ -554,7 +558,7 @@ def main() -> int:
             use_python_with_vllm()
         return without_engine(args)
     except LessonError as error:
-        print(f"replay_request_log: error: {error}", file=sys.stderr)
+        print(f"replay_request_log: error: {shown(str(error))}", file=sys.stderr)
         return error.status
 
 

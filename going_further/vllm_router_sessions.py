@@ -238,6 +238,10 @@ def make_folder() -> Path:
     folder.mkdir()
     # SPT_NOENV: vLLM renames its processes, and must not write the new name over the mark in their environment.
     os.environ.update(KV_LESSON=str(folder), SPT_NOENV="1", TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1")
+    os.environ.update(VLLM_HOST_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo")  # whatever this host is called
+    for name in ("no_proxy", "NO_PROXY"):  # for what asks the servers: this process and the routers
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
+    os.environ.pop("VLLM_API_KEY", None)  # these servers are for this run alone, and take no key
     return folder
 
 
@@ -299,8 +303,6 @@ def start_servers(command: list[str], places: list[dict[str, str]], folder: Path
 
 def start_routers(servers: list[Child], folder: Path, children: list[Child]) -> None:
     """Start one router per policy, add each to `children` at once, and wait until both answer."""
-    for name in ("no_proxy", "NO_PROXY"):  # a router, no Python program, asks the servers too
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
     for policy in POLICIES.values():
         port, metrics_port = free_ports(2)
         command = [

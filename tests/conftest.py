@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 from hypothesis import settings
+
+# What a shell's nohup or a background job ignores, the scripts that are started here ignore too; signals are tested.
+for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 settings.register_profile("suite", deadline=None)  # how long an example takes says nothing on a busy machine
 settings.load_profile("suite")

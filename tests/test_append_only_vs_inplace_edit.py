@@ -91,7 +91,7 @@ def test_cost_follows_the_prices() -> None:
     assert cost(arm, prices) == pytest.approx((1200 * 3.0 + 800 * 0.5) / 1e6)
 
 
-@pytest.mark.parametrize("text", ["", "-1", "free", "nan", "inf", "0", "1e3", "3,00"])
+@pytest.mark.parametrize("text", ["", "-1", "free", "nan", "inf", "0", "1e3", "3,00", "9" * 300, "\uff13.00", "0.000"])
 def test_what_is_no_price_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         price(text)

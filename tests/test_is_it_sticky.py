@@ -237,6 +237,19 @@ def test_the_session_is_sent_in_its_header_in_one_arm_and_no_cookie_in_any(probe
     assert sorted(sessions.values()) == [[False, False]] * 4 + [[True, True]] * 4
 
 
+def test_a_model_named_after_the_key_is_refused_and_the_key_is_not_shown(probe) -> None:
+    done = probe("echo", "--api-key-env", "KEY", env={"KEY": KEY}, named=False)
+    assert (done.status, done.out) == (1, "")
+    assert "repeats the API key" in done.err
+    assert KEY not in done.err
+
+
+def test_what_a_server_calls_its_model_does_not_steer_the_terminal(probe) -> None:
+    done = probe("escapes", named=False)
+    assert "\\x1b[31m at http" in done.out
+    assert "\x1b" not in done.out + done.err
+
+
 def test_a_deployment_that_lists_no_models_is_one_line_that_says_what_to_check(probe) -> None:
     others = ((mode, "no list of models: check the URL") for mode in ("html", *LISTS))
     for mode, says in (("404", "HTTP 404 Not Found"), *others):

@@ -89,6 +89,29 @@ def test_an_empty_value_is_refused_everywhere_since_an_unset_variable_is_one(wor
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["run_all_examples.py", "--model", "m\x1b[31m"],
+        ["run_all_examples.py", "--show", "\x1b]0;title\x07"],
+        ["setup_and_test.py", "--\x1b[2J"],
+        ["session_consistency.py", "--seed", "1\r2"],
+        ["append_only_vs_inplace_edit.py", "\x9b31m"],
+        ["manual_cache_boundary.py", "--prompt-file", "a\nb"],
+        ["-m", "going_further.replay_request_log", "log\x1b[31m.jsonl"],
+        ["-m", "going_further.vllm_router_sessions", "--model", "\x1b[31m"],
+        ["-m", "going_further.is_it_sticky", "http://a/\x1b[31m"],
+        ["-m", "going_further.pinned_system_prompt", "\x07"],
+        ["built_in_model/build.py", "--shape", "7b", "--out", "\x1b[31m"],
+    ],
+    ids=repr,
+)
+def test_a_control_character_is_refused_everywhere_and_does_not_reach_the_terminal(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert all(line.isprintable() for line in done.stderr.split("\n"))
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["4", "--workers", "1"], "session_consistency.py: error: argument --workers: '1' is not a whole number"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -53,6 +55,20 @@ def test_a_signal_ends_everything_within_ten_seconds(sent: signal.Signals, wait,
     assert "Traceback" not in out + err
     assert left_behind(temporary, killed=sent == signal.SIGKILL) == []
     assert shared_memory() <= before
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored_and_an_interrupt_sent_twice_counts_once(temporary: Path) -> None:
+    command = ["nohup", sys.executable, str(SCRIPT), "--requests", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until_measuring(process, temporary)
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline(), "it goes on"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert left_behind(temporary) == []
 
 
 def test_a_run_leaves_no_file_no_socket_and_no_shared_memory(temporary: Path) -> None:
@@ -133,6 +149,119 @@ def test_an_engine_that_dies_while_measuring_is_one_line(temporary: Path) -> Non
     assert log, err
     Path(log[1]).unlink()
     assert left_behind(temporary) == []
+
+
+def change_file(folder: Path, name: str, text: str | None) -> None:
+    """Write a file of a model's folder anew, or remove it."""
+    (folder / name).unlink() if text is None else (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("shape", "file", "text", "says"),
+    [
+        ({"template": ""}, None, None, "writes nothing of this prompt"),
+        ({"template": "{% for n in range(10**12) %}x{% endfor %}"}, None, None, "template does not take this prompt"),
+        ({"template": "{{ raise_exception('\x1b[31mno') }}"}, None, None, r"this prompt: \x1b[31mno"),
+        ({"vocab_size": 300}, None, None, "knows no tokens of this prompt"),
+        ({"architectures": ["\x1b[31mNone"]}, None, None, r"\x1b[31mNone"),
+        ({"torch_dtype": "float99"}, None, None, "float99"),
+        ({}, "config.json", "[]", "vLLM cannot use the model in"),
+        ({}, "tokenizer.json", "[]", "vLLM cannot use the model in"),
+        ({}, "tokenizer.json", None, "vLLM cannot use the model in"),
+        ({}, "config.json", '{"model_type": ', "vLLM cannot use the model in"),
+    ],
+)
+def test_a_model_that_is_broken_is_one_line_that_the_terminal_only_shows(
+    shape: dict, file: str | None, text: str | None, says: str, tmp_path: Path, temporary: Path
+) -> None:
+    model = write_llama(tmp_path / "broken", **shape)
+    if file:
+        change_file(model, file, text)
+    command = [sys.executable, SCRIPT, "--model", model, "--prefix-tokens", "600"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert says in done.stderr
+    assert done.stderr.rstrip("\n").isprintable()
+    assert left_behind(temporary) == []
+
+
+def test_a_model_for_which_vllm_has_no_prefix_caching_is_refused(tmp_path: Path) -> None:
+    attention = dict(kv_lora_rank=32, q_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
+    experts = dict(n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=64)
+    kind = dict(architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2", first_k_dense_replace=1)
+    model = write_llama(tmp_path / "mla", **attention, **experts, **kind)
+    command = [sys.executable, SCRIPT, "--model", model, "--prefix-tokens", "600", "--requests", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "CPU" in done.stdout or done.returncode == 1:  # where vLLM has it, the lesson runs
+        assert "vLLM has no prefix caching for" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_a_standard_output_it_is_one_line() -> None:
+    command = f"{sys.executable} {SCRIPT} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "standard output is closed" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["-OO", "-P"])
+def test_python_without_docstrings_or_without_the_current_folder_runs_it(option: str) -> None:
+    command = [sys.executable, option, SCRIPT, "--prefix-tokens", "300", "--requests", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_path_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "m[" / "x] [bold")
+    command = [sys.executable, SCRIPT, "--model", model, "--prefix-tokens", "600", "--requests", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "m[/x] [bold with random weights" in done.stdout
+
+
+def test_a_temporary_folder_with_a_long_name_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    command = [sys.executable, SCRIPT, "--prefix-tokens", "300", "--requests", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def listening(process: subprocess.Popen) -> set[str]:
+    """Return the addresses at which anybody in a process's own network namespace listens, as hexadecimal numbers."""
+    found = set()
+    if os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+        return found  # it has no own one yet
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()[1:]:
+            _, address, _, state, *_ = line.split()
+            if state == "0A":  # TCP_LISTEN
+                found.add(address.split(":")[0])
+    return found
+
+
+OTHER_ADDRESS = "192.0.2.2"  # of RFC 5737, for documentation
+IN_NAMESPACE = "ip link set lo up && ip addr add {}/32 dev lo && mount --bind {} /etc/hosts"
+
+
+def test_only_loopback_listens_where_the_hosts_name_is_another_address(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost\n{OTHER_ADDRESS} {socket.gethostname()}\n")
+    namespace = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c"]
+    prepare = IN_NAMESPACE.format(OTHER_ADDRESS, hosts)
+    if shutil.which("unshare") is None or subprocess.run([*namespace, prepare], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make a network namespace")
+    lesson = [sys.executable, SCRIPT, "--prefix-tokens", "300", "--requests", "2"]
+    command = [*namespace, f'{prepare} && exec "$@"', "sh", *lesson]
+    found = set()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                found |= listening(process)
+            time.sleep(0.02)
+    assert process.returncode == 0
+    assert found == {"0100007F"}, "127.0.0.1"
 
 
 @pytest.mark.parametrize("lesson", LESSONS.values(), ids=lambda lesson: lesson.name)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.processes import left_behind
+from helpers.processes import left_behind, lesson_processes
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--prefix-tokens", "600", "--requests", "3"]
@@ -57,3 +57,30 @@ def test_a_signal_ends_the_lesson_too_and_leaves_nothing(sent: signal.Signals, t
     assert process.returncode == 128 + sent
     assert "Traceback" not in out + err
     assert left_behind(temporary, 10 - (time.monotonic() - begin)) == []
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.05, 0.5])
+def test_a_second_interrupt_changes_nothing(wait: float, temporary: Path) -> None:
+    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", "--requests", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("2 "):
+            break
+    process.send_signal(signal.SIGINT)
+    time.sleep(wait)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert left_behind(temporary) == []
+
+
+def test_a_lesson_ends_with_a_runner_that_is_killed(temporary: Path) -> None:
+    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", "--requests", "500"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while len(lesson_processes(temporary)) < 3:  # runner, lesson, engine
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+        process.stdout.close()
+    assert left_behind(temporary, killed=True) == []

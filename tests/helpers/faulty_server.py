@@ -40,6 +40,10 @@ class Faulty(http.server.BaseHTTPRequestHandler):
             self.answer(200, "<html>a proxy</html>", "text/html")
         elif mode in LISTS:
             self.answer(200, json.dumps(LISTS[mode]))
+        elif mode == "echo":  # names its model after the headers of the request
+            self.answer(200, json.dumps({"data": [{"id": f"m {self.headers['Authorization']}"}]}))
+        elif mode == "escapes":
+            self.answer(200, json.dumps({"data": [{"id": "m\x1b[31m"}]}))
         else:
             self.refuse(404)
 

@@ -13,6 +13,7 @@ that can run here, an environment is set up first, once, in .venv beside this fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import functools
@@ -21,6 +22,7 @@ import json
 import os
 import re
 import signal
+import stat
 import statistics
 import subprocess
 import sys
@@ -45,6 +47,8 @@ LESSONS = {
     3: Lesson("manual_cache_boundary", "an explicit boundary, and a store for engines without prefix caching"),
     4: Lesson("session_consistency", "sessions that stay with their worker against round robin"),
 }
+# What a file that is no recorded run can raise. ValueError: no UTF-8, no JSON, no samples; division by zero: no tokens.
+NO_RUN = AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError, ZeroDivisionError
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PRICE_INPUT, PRICE_CACHED = 3.00, 0.30  # an example, in $ per million prompt tokens; lesson 2 takes others
 
@@ -142,7 +146,7 @@ def show(path: str) -> int:
     """Print the summary of a recorded run."""
     try:
         summarise(read_run(Path(path)))
-    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: no UTF-8, no JSON, no samples
+    except NO_RUN as error:
         print(f"run_all_examples.py: error: {path} is no run recorded with --json: {error!r}", file=sys.stderr)
         return 2
     return 0
@@ -190,9 +194,10 @@ def run_lesson(number: int, options: list[str], folder: Path) -> LessonRun:
 def write_json(path: Path, content: dict) -> None:
     """Write all of `content` or nothing. OSError where that cannot be."""
     path = path.resolve()  # what a link points to is written, the link stays
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"kv-{os.getpid()}.part")
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with part.open("x", encoding="utf-8") as file:  # anew: what a link there points to is not written
+            file.write(json.dumps(content, indent=1) + "\n")
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -201,8 +206,9 @@ def write_json(path: Path, content: dict) -> None:
 
 def json_path(name: str) -> Path:
     try:
-        if Path(name).exists() and not Path(name).is_file():
-            raise OSError(errno.EINVAL, "it is no regular file")
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error
@@ -237,7 +243,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[int], list[str]]:
     if args.append and args.json.exists():
         try:
             args.recorded = read_run(args.json)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except NO_RUN as error:
             parser.error(f"{args.json} is no run recorded with --json: {error!r}")
     return args, list(dict.fromkeys(numbers or LESSONS)), others
 

@@ -772,6 +772,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import traceback
@@ -1149,9 +1150,10 @@ def root_cause(error: EngineError, log: str) -> str:
 def write_json(path: Path, content: dict) -> None:
     """Write all of `content` or nothing."""
     path = path.resolve()  # what a link points to is written, the link stays
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"kv-{os.getpid()}.part")
     try:
-        part.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n", encoding="utf-8")
+        with part.open("x", encoding="utf-8") as file:  # anew: what a link there points to is not written
+            file.write(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n")
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -1160,8 +1162,9 @@ def write_json(path: Path, content: dict) -> None:
 
 def json_path(name: str) -> Path:
     try:
-        if Path(name).exists() and not Path(name).is_file():
-            raise OSError(0, "it is no regular file")
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise OSError(0, "it is no regular file")
         tempfile.TemporaryFile(dir=Path(name).parent).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write {name}: {error.strerror}") from error
@@ -1202,7 +1205,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
             parser.error("there is an empty value among the arguments")
         if re.search(r"[\x00-\x1f\x7f-\x9f]", word):
             parser.error("there is a control character among the arguments")
-    return parser.parse_args()
+    args, words = parser.parse_args(), [word.rpartition("=")[2] for word in sys.argv[1:]]
+    if (
+        args.json
+        and sum(os.path.exists(word) and os.path.realpath(word) == os.path.realpath(args.json) for word in words) > 1
+    ):
+        parser.error("--json names a file that is read, and would be lost")
+    return args
 
 
 def use_python_with_vllm() -> None:

@@ -145,6 +145,14 @@ def of_type(kind: type | UnionType, value: object):
     return value
 
 
+def check_counts(prompt_tokens: int | None, cached_tokens: int | None) -> None:
+    """Raise NoAnswer for counts that cannot be: a prompt of no tokens, or more found than were sent."""
+    if prompt_tokens is not None and prompt_tokens < 1:
+        raise NoAnswer
+    if cached_tokens is not None and not 0 <= cached_tokens <= (prompt_tokens or cached_tokens):
+        raise NoAnswer
+
+
 class Heard:
     """What a stream has told so far. All that it takes in raises NoAnswer where it is not of the OpenAI API's form."""
 
@@ -218,6 +226,7 @@ async def ask(
         prompt_tokens = heard.tokens("prompt")
         generated_tokens = heard.tokens("completion")
         cached_tokens = heard.cached_tokens()
+        check_counts(prompt_tokens, cached_tokens)
     except (NoAnswer, *http_faults()) as fault:
         return dataclasses.replace(reply, error=describe(fault, args.key is not None))
     if heard.first_token_at is None or not (heard.has_text or generated_tokens):

@@ -29,7 +29,7 @@ import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from going_further.common import (
     BROKEN_FILES,
@@ -57,6 +57,8 @@ BLOCKS_KNOWN = 1_000_000
 REQUESTS_KEPT = 64
 HEADS_COMPARED = 8  # where not even a block matches, so many latest requests are tried as predecessors
 ROWS_SHOWN = 200
+# What rendering itself takes; vLLM's server refuses or drops these.
+RESERVED = {"self", "tokenizer", "messages", "conversation", "tools", "tokenize", "return_dict", "return_tensors"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ def message_of(message: object, line: int) -> dict:
         for function in functions:
             if isinstance(function["arguments"], str):
                 function["arguments"] = json.loads(function["arguments"] or "{}")
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
         raise UsageError(f"line {line}: a tool call without function name and JSON arguments") from error
     return clean | {"tool_calls": [{**call, "function": f} for call, f in zip(calls, functions, strict=True)]}
 
@@ -144,6 +146,10 @@ def variables_of(body: dict, line: int) -> dict:
     variables = body.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         raise UsageError(f"line {line}: chat_template_kwargs are no object")
+    for name in sorted(RESERVED & variables.keys()):
+        raise UsageError(
+            f"line {line}: chat_template_kwargs must not hold {name!r}, which is no variable of a template"
+        )
     for name, usual in {"chat_template": None, "add_generation_prompt": True, "continue_final_message": False}.items():
         if any(given.get(name, usual) != usual for given in (body, variables)):
             raise UsageError(f"line {line}: {name} asks for another prompt than the one that is rendered here")
@@ -153,11 +159,16 @@ def variables_of(body: dict, line: int) -> dict:
     return variables | named
 
 
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and infinities, which are no JSON though Python reads them."""
+    raise ValueError(f"{name} is no number of JSON")
+
+
 def parse_line(raw: bytes, line: int, offset: int) -> Request:
     """Return the request in one line of the log; UsageError names the line and what is wrong with it."""
     try:
-        value = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(raw.decode("utf-8-sig"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of 5,000 digits
         raise UsageError(f"line {line}: no JSON: {error}") from error
     if rb"\ud" in raw.lower():
         try:
@@ -547,6 +558,8 @@ def main() -> int:
     parser.add_argument("--price-input", type=price, default=3.00, help="$ per million computed tokens (example: 3.00)")
     parser.add_argument("--price-cached", type=price, default=0.30, help="$ per million cached tokens (example: 0.30)")
     args = parser.parse_args()
+    if args.json and args.json.exists() and Path(args.file).exists() and args.json.samefile(args.file):
+        parser.error("--json names the log itself, which would be lost")
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
             signal.signal(signum, stop)

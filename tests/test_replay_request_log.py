@@ -266,6 +266,16 @@ def test_ctrl_c_while_a_large_log_is_read_is_one_word(tmp_path: Path) -> None:
         (b"\xff\xfe{}\n", "line 1: no JSON"),
         (b'{"messages": [{"role": "user", "content": "x"}], "continue_final_message": true}\n', "another prompt"),
         (b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": "x"}\n', "no object"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"tools": 1}}\n', "hold 'tools'"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"self": 1}}\n', "hold 'self'"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "top_p": NaN}\n', "NaN is no number of JSON"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}\n", "line 1: no JSON"),
+        (
+            b'{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "'
+            + b"[" * 100_000
+            + b'"}}]}]}\n',
+            "a tool call without function name and JSON arguments",
+        ),
     ],
 )
 def test_what_is_no_log_is_one_line_that_names_the_line(tmp_path: Path, content: bytes, says: str) -> None:
@@ -273,6 +283,29 @@ def test_what_is_no_log_is_one_line_that_names_the_line(tmp_path: Path, content:
         list(read_log(log(tmp_path, content), None))
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_log_is_not_written_over(tmp_path: Path) -> None:
+    path = log(tmp_path, {"messages": [SYSTEM, USER]})
+    before = path.read_bytes()
+    (tmp_path / "link.json").symlink_to(path)
+    for name in (path, tmp_path / "link.json"):
+        command = [sys.executable, "-m", "going_further.replay_request_log", path, "--without-engine", "--json", name]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2
+        assert "--json names the log itself" in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_what_a_log_holds_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    def asked(role: str) -> dict:
+        return {"messages": [SYSTEM, {"role": role, "content": "a" * 2000}, USER]}
+
+    path = log(tmp_path, asked("\x1b[31mred"), asked("\x1b]0;title\x07"), asked("[/bold]"))
+    command = [sys.executable, "-m", "going_further.replay_request_log", path, "--without-engine"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).split("\n"))
 
 
 def test_json_that_is_nested_too_deep_is_one_line(tmp_path: Path) -> None:

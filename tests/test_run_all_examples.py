@@ -55,6 +55,35 @@ def test_bad_options_are_refused_before_any_lesson_starts(words: list[str]) -> N
     assert (done.returncode, done.stdout) == (2, "")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"lessons": 5}',
+        '{"lessons": [[]]}',
+        '{"lessons": [{"lesson": "nobody"}]}',
+        '{"lessons": [{"lesson": "session_consistency", "measurements": []}]}',
+        "[" * 100_000,
+        '{"lessons": ' + "9" * 5000 + "}",
+    ],
+)
+def test_a_file_that_is_no_recorded_run_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text(text)
+    done = run("--show", str(tmp_path / "file.json"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "is no run recorded with --json" in done.stderr
+
+
+def test_a_recorded_run_in_which_nothing_was_computed_is_one_line(tmp_path: Path) -> None:
+    recorded = json.loads((ROOT / "results" / "cpu.json").read_text())
+    for row in recorded["lessons"][0]["measurements"]:
+        row["cached_tokens"] = row["prompt_tokens"]
+    (tmp_path / "file.json").write_text(json.dumps(recorded))
+    done = run("--show", str(tmp_path / "file.json"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+
+
 def test_a_run_is_added_to_a_recorded_one_only_where_there_is_one_to_be_read(tmp_path: Path) -> None:
     assert "name it with --json PATH" in run("1", "--append").stderr
     path = tmp_path / "other.json"

@@ -17,6 +17,13 @@ MALFORMED = {
     "delta-text": {"choices": [{"index": 0, "delta": "hi"}]},
     "usage-text": {"usage": "none"},
     "tokens-text": {"usage": {"prompt_tokens": "40", "completion_tokens": 2}},
+    "no-tokens": {"usage": {"prompt_tokens": 0, "completion_tokens": 2}},
+    "more-found": {
+        "usage": {"prompt_tokens": 40, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 50}}
+    },
+    "less-than-none": {
+        "usage": {"prompt_tokens": 40, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": -1}}
+    },
     "details-list": {"usage": {"prompt_tokens": 40, "completion_tokens": 2, "prompt_tokens_details": [1]}},
 }
 LISTS = {"named": {"data": [{"name": "x"}]}, "object": {"data": {"id": "x"}}, "texts": ["m"], "none": {"data": []}}

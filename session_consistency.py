@@ -864,9 +864,7 @@ class Model:
         ids = self.tokens(self.render(messages, answer))
         if not 0 <= max(ids, default=-1) < self.vocabulary:
             fault = "knows no tokens of" if ids else "writes nothing of"
-            raise LessonError(
-                f"the model in {self.name} {fault} this prompt: tokenizer, template and config do not fit"
-            )
+            raise LessonError(f"the model in {self.name} {fault} this prompt: its files do not fit together")
         return ids
 
     def whole_blocks(self, tokens: int) -> int:
@@ -1143,8 +1141,12 @@ def telling_line(error: BaseException) -> str:
 def root_cause(error: EngineError, log: str) -> str:
     """Return the first exception in an engine's log that does not just pass on another one."""
     causes = re.findall(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", log, re.MULTILINE)
-    causes = [cause for cause in causes if "root cause" not in cause]
-    return causes[0] if causes else telling_line(error.__cause__ or error)
+    causes = [
+        *causes,
+        telling_line(error.__cause__ or error),
+        "its process ended without a word, as one that is killed",
+    ]
+    return next(cause for cause in causes if "root cause" not in cause)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -160,6 +160,12 @@ def test_the_root_cause_is_the_first_exception_that_is_no_wrapper() -> None:
     assert root_cause(EngineError("vLLM did not start"), log) == "ValueError: the KV cache is too small"
 
 
+def test_where_vllm_points_above_and_nothing_stands_there_the_engine_was_killed() -> None:
+    error = EngineError("vLLM did not start")
+    error.__cause__ = RuntimeError("Engine core initialization failed. See root cause above.")
+    assert "as one that is killed" in root_cause(error, "INFO 11-23 [a.py:1] all is well\n")
+
+
 def test_json_goes_where_a_link_points_and_the_link_stays(tmp_path: Path) -> None:
     (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
     write_json(tmp_path / "link.json", {"n": 1})

@@ -264,6 +264,19 @@ def test_only_loopback_listens_where_the_hosts_name_is_another_address(tmp_path:
     assert found == {"0100007F"}, "127.0.0.1"
 
 
+def test_an_engine_that_is_killed_while_it_starts_is_one_line(temporary: Path) -> None:
+    process = start()
+    wait_until_starting(process, temporary)
+    os.kill(max(lesson_processes(temporary)), signal.SIGKILL)  # the youngest: the engine
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in out + err
+    log = re.search(r"vLLM did not start: its process ended .* killed \(the engine's log: (.+\.log)\)\n$", err)
+    assert log, err
+    Path(log[1]).unlink()
+    assert left_behind(temporary) == []
+
+
 @pytest.mark.parametrize("lesson", LESSONS.values(), ids=lambda lesson: lesson.name)
 def test_a_lesson_copied_alone_asks_for_a_model_and_runs_with_one(lesson: Lesson, tmp_path: Path) -> None:
     alone = shutil.copy(ROOT / f"{lesson.name}.py", tmp_path)

@@ -16,11 +16,13 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import statistics
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -169,6 +172,18 @@ def stop(signum: int, _: object) -> None:
     raise Stopped(signum)
 
 
+@contextlib.contextmanager
+def locked_folder() -> Iterator[Path]:
+    """Yield a folder for the lessons' JSON, named and locked like theirs: if this is killed, the next removes it."""
+    folder = Path(tempfile.mkdtemp(prefix="new-kv-lesson-"))  # not to be taken for an old one before it is locked
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+    folder = folder.rename(folder.with_name(folder.name.removeprefix("new-")))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
 def end_with_runner(runner: int) -> None:
     """Let the kernel end this process, a lesson, when the runner ends, however it ends (prctl(2), PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -274,11 +289,11 @@ def main() -> int:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
             signal.signal(signum, stop)
     runs, status = [], 0
-    with tempfile.TemporaryDirectory(prefix="kv-lessons-") as folder:
+    with locked_folder() as folder:
         try:
             for number in numbers:
                 print(f"\nExample {number}: {LESSONS[number].title}\n", flush=True)
-                runs.append(run_lesson(number, options, Path(folder)))
+                runs.append(run_lesson(number, options, folder))
         except Stopped as signalled:
             status = 128 + signalled.args[0]
         for signum in STOPPING:

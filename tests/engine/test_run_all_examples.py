@@ -84,3 +84,6 @@ def test_a_lesson_ends_with_a_runner_that_is_killed(temporary: Path) -> None:
         process.kill()
         process.stdout.close()
     assert left_behind(temporary, killed=True) == []
+    lesson = [sys.executable, ROOT / "stable_prefix_vs_timestamp.py", "--prefix-tokens", "300", "--requests", "2"]
+    assert subprocess.run(lesson, capture_output=True).returncode == 0
+    assert left_behind(temporary) == [], "the next lesson removes the folders of both"

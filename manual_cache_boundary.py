@@ -924,7 +924,10 @@ class Run:
 
         began, hidden = time.perf_counter(), not (label and self.console.is_terminal)
         columns = SpinnerColumn(), label, TimeElapsedColumn()
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+        own = dict(
+            redirect_stdout=False, redirect_stderr=False
+        )  # else a forked engine would print here, not to its log
+        with Progress(*columns, console=self.console, transient=True, disable=hidden, **own) as progress:
             progress.add_task(label)
             yield
         self.seconds[what] += time.perf_counter() - began
@@ -1142,7 +1145,8 @@ def json_path(name: str) -> Path:
 def at_least(minimum: int, most: int = 10**18) -> Callable[[str], int]:
     def parse_number(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,18}", text) or not minimum <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}, {most:,} at most")
+            limit = f", {most:,} at most" if most < 10**18 else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}{limit}")
         return int(text)
 
     return parse_number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import re
 import shutil
 import signal
@@ -82,6 +83,24 @@ def test_a_run_leaves_no_file_no_socket_and_no_shared_memory(temporary: Path) ->
     assert list(temporary.iterdir()) == []
     assert written_elsewhere() <= beside
     assert shared_memory() <= before
+
+
+def test_on_a_terminal_too_the_engines_log_stays_in_its_file(temporary: Path) -> None:
+    ours, terminal = pty.openpty()
+    command = [sys.executable, SCRIPT, "--prefix-tokens", "300", "--requests", "2"]
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the last one who had the terminal has closed it
+            while part := os.read(ours, 65536):
+                shown += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"Starting vLLM..." in shown, "a terminal is told what takes long"
+    assert b"EngineCore" not in shown
+    assert b"INFO" not in shown
+    assert b"Warning" not in shown
+    assert left_behind(temporary) == []
 
 
 def test_the_end_takes_no_time_beside_the_imports() -> None:

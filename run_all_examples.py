@@ -34,7 +34,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from setup_and_test import end_on_signals, has_usable_vllm, prepare
+try:
+    from setup_and_test import STOPPING, end_on_signals, has_usable_vllm, prepare, run_command
+except ModuleNotFoundError:
+    sys.exit("run_all_examples.py: error: setup_and_test.py is not beside this script: copy the whole folder")
 
 HERE = Path(__file__).resolve().parent
 
@@ -52,7 +55,6 @@ LESSONS = {
 }
 # What a file that is no recorded run can raise. ValueError: no UTF-8, no JSON, no samples; division by zero: no tokens.
 NO_RUN = AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError, ZeroDivisionError
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PRICE_INPUT, PRICE_CACHED = 3.00, 0.30  # an example, in $ per million prompt tokens; lesson 2 takes others
 
 
@@ -119,39 +121,50 @@ def speed_up(bad: Arm, good: Arm, ratios: list[float]) -> str:
     return f"speed-up {bad.median_ms / good.median_ms:.1f}x"
 
 
-def summarise(runs: list[LessonRun]) -> None:
-    """Print what the lessons measured, two rows a lesson and what they come to; `computed` counts tokens."""
-    from rich.console import Console
+def summarise(runs: list[LessonRun]) -> list[str]:
+    """Return the lines that compare what the lessons measured, two rows a lesson and what they come to.
 
-    console = Console(width=80, highlight=False)
-    console.rule("summary")
+    `computed` counts tokens. The first line is the head of the table, the last one says what the columns are.
+    """
     heads = f"{'hit rate':>10}{'TTFT':>11}{'computed':>11}{'cost':>9}"
-    console.print(f"[bold]{'without request 0 (it fills the cache)':<39}{heads}")
+    lines = [f"[bold]{'without request 0 (it fills the cache)':<39}{heads}"]
     for number, status, seconds, result in runs:
         name = f"{number} {LESSONS[number].name}"
         if result is None:
-            console.print(f"{name}\n  [bold red]no result[/]: exit status {status} after {seconds:.0f} s")
+            lines += [name, f"  [bold red]no result[/]: exit status {status} after {seconds:.0f} s"]
             continue
         bad, good = (read_arm(result, arm) for arm in ("bad", "good"))
         length = f"  {result['environment']['prefix_tokens']:,} static tokens"
         for label, kind, arm in ((name, "bad", bad), (length, "good", good)):
             rate, ttft, cost = f"{arm.hit_rate:.1%}", f"{arm.median_ms:,.1f} ms", f"${arm.dollars:.4f}"
-            console.print(f"{label:<33}{kind:<6}{rate:>10}{ttft:>11}{arm.computed_tokens:>11,}{cost:>9}")
+            lines.append(f"{label:<33}{kind:<6}{rate:>10}{ttft:>11}{arm.computed_tokens:>11,}{cost:>9}")
         computed = good.computed_tokens / bad.computed_tokens - 1
         cost = good.dollars / bad.dollars - 1
         held = f"{sum(claim['holds'] for claim in result['claims'])} of {len(result['claims'])}"
         changes = f"computed {computed:+.0%}, cost {cost:+.0%}, {speed_up(bad, good, pair_ratios(result))}"
-        console.print(f"  {held} claims hold in {sum(result['seconds'].values()):.0f} s; {changes}")
-    console.print(f"TTFT: median; example prices: ${PRICE_INPUT:.2f} per million tokens, cached ${PRICE_CACHED:.2f}")
+        lines.append(f"  {held} claims hold in {sum(result['seconds'].values()):.0f} s; {changes}")
+    prices = f"${PRICE_INPUT:.2f} per million tokens, cached ${PRICE_CACHED:.2f}"
+    return [*lines, f"TTFT: median; example prices: {prices}"]
+
+
+def print_summary(lines: list[str]) -> None:
+    from rich.console import Console
+
+    console = Console(width=80, highlight=False)
+    console.rule("summary")
+    for line in lines:
+        console.print(line)
 
 
 def show(path: str) -> int:
     """Print the summary of a recorded run."""
     try:
-        summarise(read_run(Path(path)))
+        lines = summarise(read_run(Path(path)))
     except NO_RUN as error:
-        print(f"run_all_examples.py: error: {path} is no run recorded with --json: {error!r}", file=sys.stderr)
+        fault = error.strerror if isinstance(error, OSError) else repr(error)
+        print(f"run_all_examples.py: error: {path} is no run recorded with --json: {fault}", file=sys.stderr)
         return 2
+    print_summary(lines)
     return 0
 
 
@@ -299,7 +312,7 @@ def main() -> int:
         for signum in STOPPING:
             signal.signal(signum, signal.SIG_IGN)  # what is left takes no time
     if runs:
-        summarise(runs)
+        print_summary(summarise(runs))
     if args.json:
         try:
             results = [run.result for run in args.recorded + runs if run.result]
@@ -311,4 +324,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("run_all_examples.py", main))

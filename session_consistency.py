@@ -311,6 +311,7 @@ async def lesson(run: Run) -> None:
     """Make the traffic, start vLLM several times, and send it in both ways."""
     model, args, dice = run.model, run.args, random.Random(run.args.seed)
     lengths, contexts, prompts = {}, {}, {}
+    check_size(model, args)
     for n in range(args.sessions):
         lengths[f"session-{n:02}"] = dice.randint(max(2, args.requests - 2), args.requests)
     for name, turns in lengths.items():
@@ -531,6 +532,14 @@ async def start_workers(run: Run, **arguments: object) -> list[Engine]:
     return workers
 
 
+def check_size(model: Model, args: argparse.Namespace) -> None:
+    """Raise LessonError where the longest prompt, or the KV of all, does not fit, before they are made."""
+    longest = len(model.encode(conversation(report("session-00", args.prefix_tokens, model.count), args.requests - 1)))
+    model.check_length(longest)
+    gpus, _ = worker_places(model.on_gpu, args.workers)
+    check_memory(model, model.kv_bytes(2 * args.sessions, longest), sharing=1 if gpus else args.workers)
+
+
 def worker_places(on_gpu: bool, count: int) -> tuple[list[str], list[list[int]]]:
     """Return a GPU for each worker, or none where they must share one, and the cores of each."""
     cores = sorted(os.sched_getaffinity(0))
@@ -554,8 +563,9 @@ def check_memory(model: Model, kv_bytes: int, sharing: int) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
+        config = AutoConfig.from_pretrained(model.name, trust_remote_code=False)
         with torch.device("meta"):  # shapes without numbers
-            shapes = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model.name))
+            shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ImportError, ValueError) as error:
         raise LessonError(f"the size of the model in {model.name} is not to be found: {telling_line(error)}") from error
     weights = sum(parameter.numel() for parameter in shapes.parameters()) * model.dtype.itemsize
@@ -761,6 +771,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import gc
@@ -783,6 +794,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 GRAPH_TOKENS = 2048  # the longest step that is captured as a CUDA graph: each size takes memory and time
 BROKEN_FILES = AttributeError, KeyError, OSError, TypeError, ValueError  # raised by libraries that read a model's
+NOWHERE_TO_WRITE = errno.EIO, errno.ENOSPC, errno.EPIPE  # a terminal, a disk, or a reader is gone
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -821,13 +833,15 @@ class Model:
         # model runs in the engine's process. The size of the cache is given, so the utilization is but a check at the
         # start. No hybrid manager: it would drop what sliding windows have left, a cache of other rules.
         self.engine_args = dict(
-            model=self.name, load_format="auto" if self.has_weights else "dummy", max_num_seqs=16,
+            model=self.name, trust_remote_code=False, load_format="auto" if self.has_weights else "dummy",
             block_size=args.block_size or (32 if self.on_gpu else None), distributed_executor_backend="uni",
-            gpu_memory_utilization=0.1, disable_hybrid_kv_cache_manager=True,
+            gpu_memory_utilization=0.1, max_num_seqs=16, disable_hybrid_kv_cache_manager=True,
             worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )  # fmt: skip
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, mistral_format=False)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.name, mistral_format=False, trust_remote_code=False
+            )
             config = AsyncEngineArgs(**self.engine_args, enforce_eager=True).create_engine_config()
         except BROKEN_FILES as error:
             raise LessonError(f"vLLM cannot use the model in {self.name}: {telling_line(error)}") from error
@@ -905,20 +919,25 @@ class Run:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
+        self.waiting = contextlib.ExitStack()  # what a terminal shows until something else is timed
         self.engines: list[Engine] = []
         self.measurements: list[Measurement] = []  # in the order of time
         self.claims: list[dict] = []
         self.seconds = dict.fromkeys(("imports", "engine_start", "warm_up", "measuring"), 0.0)
-        name = find_model(args.model) if args.model else built_in_model(0)  # is it there? that costs no import
-        with self.timed("imports", "Importing vLLM..."):
-            gc.disable()  # imports leave no garbage; to look for it takes a quarter of their time
-            import torch
-            import transformers
-            import vllm
-            from vllm import AsyncLLMEngine  # noqa: F401, the engine is imported here, too
-            from vllm.platforms import current_platform
+        try:
+            name = find_model(args.model) if args.model else built_in_model(0)  # is it there? that costs no import
+            with self.timed("imports", "Importing vLLM..."):
+                gc.disable()  # imports leave no garbage; to look for it takes a quarter of their time
+                import torch
+                import transformers
+                import vllm
+                from vllm import AsyncLLMEngine  # noqa: F401, the engine is imported here, too
+                from vllm.platforms import current_platform
 
-            gc.freeze(), gc.enable()
+                gc.freeze(), gc.enable()
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            fault = telling_line(error)
+            raise LessonError(f"cannot import vLLM: {fault}; is a library missing, or an odd variable set?") from error
         self.model = model = Model(args, name)
         if args.prefix_tokens is None:
             args.prefix_tokens = 8000 if model.on_gpu else 4000
@@ -940,6 +959,7 @@ class Run:
             "command": " ".join(["python", *command]),
             "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
         }  # fmt: skip
+        self.waiting.enter_context(self.spinner("Making prompts..."))
         self.result = {
             "schema": 1, "lesson": script, "title": title, "environment": self.environment,
             "seconds": self.seconds, "measurements": self.measurements, "claims": self.claims,
@@ -951,18 +971,22 @@ class Run:
     def claim(self, claim: str, holds: bool, evidence: str) -> None:
         self.claims.append({"claim": claim, "holds": holds, "evidence": evidence})
 
+    def spinner(self, label: str) -> contextlib.AbstractContextManager:
+        """Return what shows the label on a terminal, and counts the seconds, while one is inside."""
+        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+        columns, hidden = (SpinnerColumn(), label, TimeElapsedColumn()), not (label and self.console.is_terminal)
+        own = dict(redirect_stdout=False, redirect_stderr=False)  # else a forked engine would print here
+        progress = Progress(*columns, console=self.console, transient=True, disable=hidden, **own)
+        progress.add_task(label)
+        return progress
+
     @contextlib.contextmanager
     def timed(self, what: str, label: str = "") -> Iterator[None]:
         """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
-        from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
-
-        began, hidden = time.perf_counter(), not (label and self.console.is_terminal)
-        columns = SpinnerColumn(), label, TimeElapsedColumn()
-        own = dict(
-            redirect_stdout=False, redirect_stderr=False
-        )  # else a forked engine would print here, not to its log
-        with Progress(*columns, console=self.console, transient=True, disable=hidden, **own) as progress:
-            progress.add_task(label)
+        self.waiting.close()
+        began = time.perf_counter()
+        with self.spinner(label):
             yield
         self.seconds[what] += time.perf_counter() - began
 
@@ -1115,6 +1139,7 @@ def find_model(name: str) -> str:
         raise LessonError(f"no model in {name}: give --model a folder, or a hub name like Qwen/Qwen2.5-1.5B-Instruct")
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, snapshot_download
 
+    http = sys.modules[errors.HTTPError.__module__.partition(".")[0]]  # httpx, under the name that the hub's client has
     try:  # what asks the hub later takes a minute to find out that it is not there
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
         return name
@@ -1128,6 +1153,9 @@ def find_model(name: str) -> str:
             return snapshot_download(name, local_files_only=True)
         except OSError:
             raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from error
+    except (ImportError, OSError, ValueError, http.InvalidURL) as error:
+        names = "HF_ENDPOINT, HF_TOKEN, SSL_CERT_FILE, the proxies"
+        raise LessonError(f"cannot ask the hub: {telling_line(error)}; check the environment: {names}") from error
 
 
 def shown(text: str) -> str:
@@ -1138,7 +1166,9 @@ def shown(text: str) -> str:
 def telling_line(error: BaseException) -> str:
     """Return the line of a message that says what is wrong; in pydantic's it is not the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if line.startswith(("Value error", "Input should", "Assertion"))), lines[0])
+    line = next((line for line in lines if line.startswith(("Value error", "Input should", "Assertion"))), lines[0])
+    line = line.partition(" [type=")[0]
+    return line if len(line) <= 250 else f"{line[:250]}..."
 
 
 def root_cause(error: EngineError, log: str) -> str:
@@ -1194,7 +1224,7 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
     add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
     text = f"requests per arm; 0 fills the cache (default: {requests})"
-    add("--requests", type=at_least(2, 10_000), default=requests, help=text)
+    add("--requests", type=at_least(2, 1_000), default=requests, help=text)
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--deeper", action="store_true", help="add this lesson's further experiments")
@@ -1286,7 +1316,7 @@ def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None
     use_python_with_vllm()
     pid, folder = os.getpid(), None
     out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace")
-    err = os.fdopen(os.dup(2), "w", encoding=sys.stderr.encoding, errors="replace")
+    err = os.fdopen(os.dup(2), "w", 1, encoding=sys.stderr.encoding, errors="replace")  # by lines: nobody flushes it
 
     def leave() -> None:
         for engine in multiprocessing.active_children():  # they write into the folder
@@ -1317,20 +1347,29 @@ def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None
             await measure(run)
             return run.finish()
         finally:
+            run.waiting.close()
             for engine in run.engines:
                 run.end_engine(engine)
 
     try:
         status = asyncio.run(measure_and_finish(Run(args, out)))
+        out.flush()
+        told = ""
+    except OSError as error:
+        if error.errno not in NOWHERE_TO_WRITE:
+            raise
+        told, status = f"cannot write: {error.strerror}", 1
+    except MemoryError:
+        told, status = "there is too little memory: close something, or choose a smaller --model or --prefix-tokens", 1
     except LessonError as error:
         told, status = str(error), error.status
         if isinstance(error, EngineError):
             told += f": {root_cause(error, log.read_text(errors='replace'))}"
             told += "" if args.verbose else f" (the engine's log: {shutil.copy(log, folder.with_suffix('.log'))})"
-        print(f"{Path(sys.argv[0]).name}: error: {shown(told)}", file=err, flush=True)
     finally:
         leave()
-    out.flush()
+    if told:
+        print(f"{Path(sys.argv[0]).name}: error: {shown(told)}", file=err)
     os._exit(status)  # all is written; to take an interpreter with vLLM in it apart takes two seconds
 
 

@@ -13,6 +13,7 @@ as it is; otherwise everything goes into .venv beside this file. After an interr
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -25,17 +26,19 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
+NOWHERE_TO_WRITE = errno.EIO, errno.ENOSPC, errno.EPIPE  # a terminal, a disk, or a reader is gone
 COMPLETE, IN_PROGRESS = VENV / "complete", VENV / "in_progress"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # the PyTorch project's own
 CUDA_DRIVER = 580  # the first NVIDIA driver for CUDA 13, for which vLLM is built (CUDA release notes, table 3)
 SIZES = {"requirements-cpu.txt": (0.9, 5), "requirements.txt": (6, 20)}  # GB to download; GB free before that
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TEST_FILES = "requirements-test.txt"
 QUICK_TESTS = ["-m", "not engine or quick"]
 
@@ -56,7 +59,59 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"setup_and_test.py: error: {message}")
 
 
+def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess:
+    """Run a command. Where this process is told to end, the command is asked to, and cleans up, for ten seconds."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            out, _ = process.communicate()
+        except SystemExit:
+            for seconds in (1, 10):  # a terminal has asked it, too
+                try:
+                    process.wait(timeout=seconds)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGINT if seconds == 1 else signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out)
+
+
+def end_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP end this process, and the command that it waits for, without a traceback."""
+
+    def stop(signum: int, _: object) -> None:
+        for other in STOPPING:
+            signal.signal(other, signal.SIG_IGN)  # once is enough
+        print("interrupted: run this again, it goes on where it can", file=sys.stderr, flush=True)
+        sys.exit(128 + signum)
+
+    for signum in STOPPING:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, stop)
+
+
+def run_command(program: str, command: Callable[[], int]) -> int:
+    """Run one of the two commands to its exit status, with one line where there is nowhere to print to."""
+    sys.stdout.reconfigure(errors="replace"), sys.stderr.reconfigure(errors="replace")  # no UTF-8 is no fault
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit(f"{program}: error: standard output is closed: there is nowhere to print to")
+    try:
+        status = command()
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in NOWHERE_TO_WRITE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries once more, at its end
+        print(f"{program}: error: cannot write: {error.strerror}", file=sys.stderr, flush=True)
+        return 1
+    return status
+
+
 # --- what to install, and where ---
+
+
+def check_folder() -> None:
+    for name in (*SIZES, TEST_FILES):
+        if not (HERE / name).is_file():
+            fail(f"{name} is not beside this script: copy the whole folder")
 
 
 def nvidia_driver() -> int | None:
@@ -118,7 +173,7 @@ def make_venv() -> None:
     except OSError as error:
         fail(f"cannot make {VENV}: {error.strerror}")
     print(f"Making {VENV.name} beside the lessons.", flush=True)
-    if subprocess.run([sys.executable, "-m", "venv", VENV]).returncode != 0:
+    if run([sys.executable, "-m", "venv", VENV]).returncode != 0:
         fail(f"cannot make {VENV}, the reason stands above; then run this again")
 
 
@@ -132,7 +187,7 @@ def reachable(url: str) -> bool:
 
 def pip_install(python: Path, *words: str | Path) -> None:
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--retries", "1"]
-    if subprocess.run([*pip, *words]).returncode != 0:
+    if run([*pip, *words]).returncode != 0:
         fail("pip failed, its reason stands above: check network and disk space, then run this again")
 
 
@@ -157,6 +212,7 @@ def install(python: Path) -> None:
 
 def prepare() -> Path:
     """Return a Python with a usable vLLM, installing it where there is none."""
+    check_folder()
     if sys.version_info < (3, 11):  # noqa: UP036, an older Python is told so
         fail(f"Python 3.11 or newer is needed, this is {platform.python_version()}")
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
@@ -241,7 +297,7 @@ def proof() -> bool:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "proof.json"
         lesson = [sys.executable, HERE / "stable_prefix_vs_timestamp.py", "--prefix-tokens", "1000", "--requests", "2"]
-        done = subprocess.run([*lesson, "--json", path], stdout=subprocess.PIPE, text=True)
+        done = run([*lesson, "--json", path], stdout=subprocess.PIPE, text=True)
         if not path.exists():
             return False  # the lesson has said why
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -269,18 +325,6 @@ def report() -> bool:
     return proof() and good
 
 
-def end_on_signals() -> None:
-    """Let SIGINT, SIGTERM and SIGHUP end this process, and the command that it waits for, without a traceback."""
-
-    def stop(signum: int, _: object) -> None:
-        print("interrupted: run this again, it goes on where it can", file=sys.stderr, flush=True)
-        sys.exit(128 + signum)  # subprocess.run() kills its child on the way out
-
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(signum, stop)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
@@ -292,6 +336,7 @@ def main() -> int:
     args = parser.parse_args()
     end_on_signals()
     if args.check:
+        check_folder()
         python = VENV_PYTHON if not has_usable_vllm() and COMPLETE.exists() else Path(sys.executable)
     else:
         python = prepare()
@@ -305,8 +350,8 @@ def main() -> int:
             fail(f"pytest is missing in {sys.executable}: pip install -r {TEST_FILES}")
         pip_install(Path(sys.executable), "-r", HERE / TEST_FILES)
     print("\nTests", flush=True)
-    return subprocess.run([sys.executable, "-m", "pytest", *([] if args.full else QUICK_TESTS)], cwd=HERE).returncode
+    return run([sys.executable, "-m", "pytest", *([] if args.full else QUICK_TESTS)], cwd=HERE).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("setup_and_test.py", main))

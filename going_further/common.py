@@ -6,9 +6,13 @@ Beside that it holds what tools need and lessons do not: claims, and a command l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import re
+import signal
 import sys
+from collections.abc import Callable
 
 from append_only_vs_inplace_edit import price
 from session_consistency import (
@@ -16,6 +20,7 @@ from session_consistency import (
     BROKEN_FILES,
     HERE,
     INSTRUCTIONS,
+    NOWHERE_TO_WRITE,
     OUTPUT_TOKENS,
     QUESTIONS,
     WEIGHT_FILES,
@@ -82,6 +87,7 @@ __all__ = [
     "render",
     "report",
     "root_cause",
+    "run_command",
     "run_lesson",
     "schedule",
     "shown",
@@ -141,3 +147,32 @@ def render(tokenizer, messages: list[dict], **variables: object) -> str:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
     except (TemplateError, OverflowError, TypeError, ValueError) as error:
         raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
+
+
+def stop(signum: int, _: object) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, b"interrupted\n")
+    os._exit(128 + signum)  # where servers were started, a watchdog ends them
+
+
+def run_command(program: str, command: Callable[[], int]) -> int:
+    """Run a command to its exit status: one line for a foreseeable fault, and an end at once for a signal."""
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit(f"{program}: error: standard output is closed: there is nowhere to print to")
+    sys.stdout.reconfigure(errors="replace"), sys.stderr.reconfigure(errors="replace")  # no UTF-8 is no fault
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, stop)
+    try:
+        status = command()
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in NOWHERE_TO_WRITE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python tries once more, at its end
+        print(f"{program}: error: cannot write: {error.strerror}", file=sys.stderr, flush=True)
+        return 1
+    except LessonError as error:
+        print(f"{program}: error: {shown(str(error))}", file=sys.stderr, flush=True)
+        return error.status
+    return status

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import random
 import re
-import signal
 import socket
 import ssl
 import statistics
@@ -29,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, NamedTuple
 
 from going_further.common import (
@@ -47,7 +44,7 @@ from going_further.common import (
     p90,
     report,
     schedule,
-    shown,
+    telling_line,
     write_json,
 )
 
@@ -190,13 +187,25 @@ class Heard:
 
 
 def open_client(url: str, key: str | None) -> AsyncOpenAI:
-    """Return a client that repeats nothing and keeps no cookie: sticky by cookie is sticky for one browser only."""
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+    """Return a client that repeats nothing and keeps no cookie: sticky by cookie is sticky for one browser only.
 
+    Raises LessonError where the environment gives it what it cannot use: a proxy, a certificate, a header.
+    """
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
-    transport = DefaultAsyncHttpxClient(cookies=no_cookies, timeout=None)
-    # Without a key one must be given all the same: the client would send the one of OPENAI_API_KEY to any URL.
-    return AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=None, http_client=transport)
+    try:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        transport = DefaultAsyncHttpxClient(cookies=no_cookies, timeout=None)
+        # Without a key one must be given all the same: the client would send the one of OPENAI_API_KEY to any URL.
+        client = AsyncOpenAI(base_url=url, api_key=key or "none", max_retries=0, timeout=None, http_client=transport)
+        for value in client.default_headers.values():
+            str(value).encode("ascii")
+    except (ImportError, OSError, ValueError, *bad_addresses()) as error:
+        # The message of another one may repeat a proxy's password.
+        fault = telling_line(error) if isinstance(error, ImportError) else type(error).__name__
+        names = "SSL_CERT_FILE, OPENAI_* and the proxies"
+        raise LessonError(f"no client: {fault}; check the environment: {names}") from error
+    return client
 
 
 async def ask(
@@ -246,11 +255,18 @@ def http_faults() -> tuple[type[Exception], ...]:
     """Return what a deployment can make the client raise; up to openai 2 that includes the errors of httpx itself."""
     import openai
 
-    faults = [TimeoutError, json.JSONDecodeError, UnicodeDecodeError, openai.APIError]
-    for name in ("httpx", "httpx2"):
-        if name in sys.modules:
-            faults.append(sys.modules[name].TransportError)
-    return tuple(faults)
+    transport_faults = [module.TransportError for module in http_modules()]
+    return TimeoutError, json.JSONDecodeError, UnicodeDecodeError, openai.APIError, *transport_faults
+
+
+def http_modules() -> list[ModuleType]:
+    """Return the library below the client, under the names that it has had."""
+    return [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+
+
+def bad_addresses() -> tuple[type[Exception], ...]:
+    """Return what it raises of an address, of a proxy for example, that it cannot read."""
+    return tuple(module.InvalidURL for module in http_modules())
 
 
 def origins(error: BaseException | None) -> Iterator[BaseException]:
@@ -560,21 +576,3 @@ def finish(args: argparse.Namespace, program: str, doc: str, verdict: str, conte
         head = {"schema": 1, "lesson": program, "title": title}
         write_json(args.json, head | content | {"verdict": verdict})
     return 1 if failed else 0
-
-
-def stop(signum: int, _: object) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, b"interrupted\n")
-    os._exit(128 + signum)  # where servers were started, a watchdog ends them
-
-
-def run_command(program: str, command: Callable[[], int]) -> int:
-    """Run a command to its exit status: one line for a foreseeable fault, and an end at once for a signal."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(signum, stop)
-    try:
-        return command()
-    except LessonError as error:
-        print(f"{program}: error: {shown(str(error))}", file=sys.stderr, flush=True)
-        return error.status

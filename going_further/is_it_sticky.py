@@ -39,7 +39,7 @@ import sys
 import time
 from urllib.parse import urlsplit
 
-from going_further.common import Claim, LessonError, Parser, UsageError, shown
+from going_further.common import Claim, LessonError, Parser, UsageError, run_command, shown
 from going_further.http_sessions import (
     SESSION_HEADER,
     Arm,
@@ -58,7 +58,6 @@ from going_further.http_sessions import (
     open_client,
     parse,
     print_table,
-    run_command,
     say,
     summarise,
     with_zeros,

@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import re
-import signal
 import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -46,6 +45,7 @@ from going_further.common import (
     milliseconds,
     price,
     render,
+    run_command,
     run_lesson,
     shown,
     telling_line,
@@ -477,8 +477,8 @@ def without_engine(args: argparse.Namespace) -> int:
     console, path = Console(width=80, highlight=False), Path(args.file)
     folder = find_model(args.model or str(HERE / "built_in_model" / "cpu"))
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, mistral_format=False)
-        config = transformers.AutoConfig.from_pretrained(folder).get_text_config().to_dict()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().to_dict()
     except BROKEN_FILES as error:
         raise LessonError(f"no tokenizer and config in {folder}: {telling_line(error)}") from error
     block_size = args.block_size or 16
@@ -545,9 +545,13 @@ def check_memory(run: Run, kv_bytes: int) -> None:
         raise LessonError(f"{sizes}: use --without-engine, or --limit N")
 
 
-def stop(signum: int, _: object) -> None:
-    print("interrupted", file=sys.stderr, flush=True)
-    sys.exit(128 + signum)
+def replay(args: argparse.Namespace) -> int:
+    next(read_log(Path(args.file), 1))  # a log that cannot be read is told at once
+    if not args.without_engine:
+        return run_lesson(args, with_engine)
+    if importlib.util.find_spec("transformers") is None:
+        use_python_with_vllm()
+    return without_engine(args)
 
 
 def main() -> int:
@@ -560,19 +564,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.json and args.json.exists() and Path(args.file).exists() and args.json.samefile(args.file):
         parser.error("--json names the log itself, which would be lost")
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(signum, stop)
-    try:
-        next(read_log(Path(args.file), 1))  # a log that cannot be read is told at once
-        if not args.without_engine:
-            return run_lesson(args, with_engine)
-        if importlib.util.find_spec("transformers") is None:
-            use_python_with_vllm()
-        return without_engine(args)
-    except LessonError as error:
-        print(f"replay_request_log: error: {shown(str(error))}", file=sys.stderr)
-        return error.status
+    return run_command("replay_request_log", lambda: replay(args))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -60,6 +59,7 @@ from going_further.common import (
     at_least,
     find_model,
     root_cause,
+    run_command,
     time_verdict,
     use_python_with_vllm,
     worker_places,
@@ -81,7 +81,6 @@ from going_further.http_sessions import (
     open_client,
     parse,
     print_table,
-    run_command,
     say,
     summarise,
 )
@@ -130,9 +129,8 @@ def ending(children: list[Child]) -> Iterator[None]:
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(END_SECONDS)
+        end_marked(os.environ["KV_LESSON"])
         for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.process.pid, signal.SIGKILL)
             child.process.wait()
 
 
@@ -205,15 +203,10 @@ def cache_counters(metrics: str) -> Counter[str]:
     return counters
 
 
-def clean_up_after(tool: int, folder: str) -> None:
-    """Wait until process `tool` ends, however it ends; then end what it started and remove its folder.
+def end_marked(folder: str) -> None:
+    """End every process that was started with this folder in its environment."""
+    import os, signal  # noqa: E401, I001
 
-    Runs as a process of its own: SIGKILL leaves a tool no time for anything, and its servers would live on.
-    """
-    import os, shutil, signal, time  # noqa: E401, I001
-
-    while os.getppid() == tool:
-        time.sleep(0.2)
     mark, left = f"KV_LESSON={folder}".encode(), True
     while left:
         left = False
@@ -226,13 +219,26 @@ def clean_up_after(tool: int, folder: str) -> None:
                         left = True
             except (FileNotFoundError, PermissionError, ProcessLookupError):
                 continue
+
+
+def clean_up_after(tool: int, folder: str) -> None:
+    """Wait until process `tool` ends, however it ends; then end what it started and remove its folder.
+
+    Runs as a process of its own: SIGKILL leaves a tool no time for anything, and its servers would live on.
+    """
+    import os, shutil, time  # noqa: E401, I001
+
+    while os.getppid() == tool:
+        time.sleep(0.2)
+    end_marked(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_folder() -> Path:
     """Return a folder for sockets and logs. From here on it, and all that is started, vanish when this process ends."""
     folder = Path(tempfile.gettempdir()) / f"kv-{uuid.uuid4().hex[:12]}"
-    watchdog = f"{inspect.getsource(clean_up_after)}\nclean_up_after({os.getpid()}, {str(folder)!r})"
+    source = inspect.getsource(end_marked) + inspect.getsource(clean_up_after)
+    watchdog = f"{source}\nclean_up_after({os.getpid()}, {str(folder)!r})"
     quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     subprocess.Popen([sys.executable, "-I", "-S", "-c", watchdog], start_new_session=True, **quiet)
     folder.mkdir()

@@ -90,9 +90,9 @@ def end_on_signals() -> None:
 
 def run_command(program: str, command: Callable[[], int]) -> int:
     """Run one of the two commands to its exit status, with one line where there is nowhere to print to."""
-    sys.stdout.reconfigure(errors="replace"), sys.stderr.reconfigure(errors="replace")  # no UTF-8 is no fault
     if sys.stdout is None or sys.stderr is None:
         sys.exit(f"{program}: error: standard output is closed: there is nowhere to print to")
+    sys.stdout.reconfigure(errors="replace"), sys.stderr.reconfigure(errors="replace")  # no UTF-8 is no fault
     try:
         status = command()
         sys.stdout.flush()

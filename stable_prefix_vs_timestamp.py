@@ -714,7 +714,9 @@ class Run:
                 gc.freeze(), gc.enable()
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             fault = telling_line(error)
-            raise LessonError(f"cannot import vLLM: {fault}; is a library missing, or an odd variable set?") from error
+            raise LessonError(
+                f"cannot import vLLM: {fault}; is a library or memory missing, or a variable odd?"
+            ) from error
         self.model = model = Model(args, name)
         if args.prefix_tokens is None:
             args.prefix_tokens = 8000 if model.on_gpu else 4000

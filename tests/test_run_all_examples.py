@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import run_all_examples
-from run_all_examples import LESSONS, Arm, LessonRun, read_arm, speed_up, summarise
+from run_all_examples import LESSONS, Arm, LessonRun, print_summary, read_arm, speed_up, summarise
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "results").glob("*.json"))
@@ -208,7 +208,7 @@ def test_the_summary_of_a_recorded_run_fits_80_columns_and_leaves_out_request_0(
 ) -> None:
     results = json.loads(path.read_text())["lessons"]
     by_name = {lesson.name: number for number, lesson in LESSONS.items()}
-    summarise([LessonRun(by_name[result["lesson"]], 0, 30.0, result) for result in results])
+    print_summary(summarise([LessonRun(by_name[result["lesson"]], 0, 30.0, result) for result in results]))
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
     for result in results:
@@ -242,5 +242,5 @@ def test_a_summary_that_cannot_be_written_after_all_is_one_line_and_status_1(
 
 
 def test_a_lesson_without_result_is_named_in_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
-    summarise([LessonRun(1, 1, 3.0, None)])
+    print_summary(summarise([LessonRun(1, 1, 3.0, None)]))
     assert "no result: exit status 1 after 3 s" in capsys.readouterr().out

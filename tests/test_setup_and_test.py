@@ -179,18 +179,34 @@ def test_memory_for_one_engine_is_needed_and_for_two_it_is_a_note(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_signal_ends_the_set_up_and_the_command_that_it_waits_for(sent: signal.Signals, house: Path) -> None:
-    code = "import sys; s.end_on_signals(); print('begun', flush=True); s.subprocess.run(['sleep', '4321'])"
+    code = "import sys; s.end_on_signals(); print('begun', flush=True); s.run(['sleep', '4321'])"
     command = [sys.executable, "-c", f"import setup_and_test as s\n{code}"]
     process = subprocess.Popen(command, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "begun\n"
     while not (children := Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
         time.sleep(0.05)
-    time.sleep(0.5)  # until it is a child that subprocess.run() knows of
+    time.sleep(0.5)  # until it is a child that run() knows of
     process.send_signal(sent)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 128 + sent
     assert err == "interrupted: run this again, it goes on where it can\n"
     assert not Path(f"/proc/{children[0]}").exists()
+
+
+def test_a_command_that_the_set_up_waits_for_has_time_to_clean_up(house: Path) -> None:
+    child = (
+        "import signal, sys, time\ntry:\n print('begun', flush=True)\n time.sleep(60)\n"
+        "except KeyboardInterrupt:\n time.sleep(1)\n open('cleaned', 'w').close()"
+    )
+    code = f"import sys; s.end_on_signals(); s.run([sys.executable, '-c', {child!r}])"
+    command = [sys.executable, "-c", f"import setup_and_test as s\n{code}"]
+    process = subprocess.Popen(command, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # is ignored by then
+    assert process.communicate(timeout=15) == ("", "interrupted: run this again, it goes on where it can\n")
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert (house / "cleaned").exists()
 
 
 def test_a_report_on_a_platform_without_vllm_ends_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

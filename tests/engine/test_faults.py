@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -325,3 +326,105 @@ def test_bad_input_is_refused_in_one_line_before_an_engine_starts(options: list[
     assert (done.returncode, len(done.stderr.splitlines())) == (status, 1), done.stderr
     assert says in done.stderr
     assert time.monotonic() - begin < 30
+
+
+def test_a_full_disk_behind_standard_output_is_one_line(temporary: Path) -> None:
+    command = [sys.executable, SCRIPT, "--prefix-tokens", "300", "--requests", "2"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "stable_prefix_vs_timestamp.py: error: cannot write: No space left on device\n"
+    assert left_behind(temporary) == []
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        {"HF_ENDPOINT": "http://[::1"},
+        {"HTTPS_PROXY": "socks5://127.0.0.1:1"},
+        {"ALL_PROXY": "ftp://127.0.0.1"},
+        {"HTTP_PROXY": ":::"},
+        {"SSL_CERT_FILE": "/no/such/file"},
+        {"HF_TOKEN": "\u00fc"},
+        {"HF_HUB_ETAG_TIMEOUT": "soon"},
+    ],
+    ids=str,
+)
+def test_an_environment_that_the_hubs_client_cannot_use_is_one_line(variable: dict[str, str]) -> None:
+    command = [sys.executable, SCRIPT, "--model", "somebody/a-model"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variable)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "error: cannot ask the hub: " in done.stderr or "error: cannot import vLLM: " in done.stderr
+
+
+def test_too_little_memory_is_one_line() -> None:
+    command = [sys.executable, SCRIPT, "--prefix-tokens", "300"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9)),
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert re.search("too little memory|is a library or memory missing", done.stderr)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    code = (
+        "import sys, stable_prefix_vs_timestamp as script\n"
+        "sys.argv[1:] = ['--prefix-tokens', '300']\n"
+        "async def lesson(run): raise LookupError('a bug')\n"
+        "script.lesson = lesson\n"
+        "script.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("LookupError: a bug\n")
+
+
+OWN_CODE = """
+from pathlib import Path
+Path(__file__).with_name("it_ran").touch()
+from transformers import PretrainedConfig
+class OwnConfig(PretrainedConfig):
+    model_type = "own"
+"""
+
+
+@pytest.mark.parametrize("script", [*(f"{lesson.name}.py" for lesson in LESSONS.values()), "replay", "pinned"])
+def test_code_in_a_models_folder_is_never_run_and_nobody_is_asked(script: str, tmp_path: Path) -> None:
+    own = {"AutoConfig": "own.OwnConfig", "AutoTokenizer": ["own.OwnTokenizer", None]}
+    model = write_llama(tmp_path / "own", model_type="own", architectures=["OwnForCausalLM"], auto_map=own)
+    (model / "own.py").write_text(OWN_CODE)
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"messages": [{"role": "user", "content": "one"}]}\n')
+    tools = {
+        "replay": ["-m", "going_further.replay_request_log", log, "--without-engine"],
+        "pinned": ["-m", "going_further.pinned_system_prompt"],
+    }
+    command = [sys.executable, *tools.get(script, [script]), "--model", model]
+    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, input="y\n" * 9, env=os.environ | modules, timeout=120
+    )
+    assert done.returncode == 1
+    assert "custom code" in done.stderr.splitlines()[-1]
+    assert "[y/N]" not in done.stdout + done.stderr
+    assert list(tmp_path.rglob("it_ran")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["append_only_vs_inplace_edit.py", "--requests", "1000"], "the model takes 32,768"),
+        (["session_consistency.py", "--sessions", "1000", "--requests", "1000"], "the model takes 32,768"),
+        (["session_consistency.py", "--sessions", "1000", "--prefix-tokens", "20000"], "GiB are free"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_its_prompts_are_made(words: list[str], says: str) -> None:
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
+    assert time.monotonic() - begin < 40

@@ -550,7 +550,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import functools
 import gc
 import hashlib
 import importlib.util
@@ -953,11 +952,7 @@ def telling_line(error: BaseException) -> str:
 def root_cause(error: EngineError, log: str) -> str:
     """Return the first exception in an engine's log that does not just pass on another one."""
     causes = re.findall(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", log, re.MULTILINE)
-    causes = [
-        *causes,
-        telling_line(error.__cause__ or error),
-        "its process ended without a word, as one that is killed",
-    ]
+    causes += [telling_line(error.__cause__ or error), "its process ended without a word, as one that is killed"]
     return next(cause for cause in causes if "root cause" not in cause)
 
 
@@ -1020,11 +1015,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
             parser.error("there is an empty value among the arguments")
         if re.search(r"[\x00-\x1f\x7f-\x9f]", word):
             parser.error("there is a control character among the arguments")
-    args, words = parser.parse_args(), [word.rpartition("=")[2] for word in sys.argv[1:]]
-    if (
-        args.json
-        and sum(os.path.exists(word) and os.path.realpath(word) == os.path.realpath(args.json) for word in words) > 1
-    ):
+    args = parser.parse_args()
+    files = [os.path.realpath(word.rpartition("=")[2]) for word in sys.argv[1:]]
+    if args.json and args.json.exists() and files.count(os.path.realpath(args.json)) > 1:
         parser.error("--json names a file that is read, and would be lost")
     return args
 
@@ -1067,9 +1060,7 @@ def prepare_process(engines: int) -> Path:
                 shutil.rmtree(left)
             finally:
                 os.close(descriptor)
-    folder = Path(
-        tempfile.mkdtemp(prefix="new-kv-lesson-", dir=base)
-    )  # not to be taken for an old one before it is locked
+    folder = Path(tempfile.mkdtemp(prefix="new-kv-lesson-", dir=base))  # "new": not old, and not yet locked
     fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
     folder = folder.rename(folder.with_name(folder.name.removeprefix("new-")))
     libc, forked_by = ctypes.CDLL(None), []  # an engine may fork in its turn
@@ -1119,7 +1110,7 @@ def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None
     with log.open("wb") as file:
         if not args.verbose:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    sys.excepthook = functools.partial(traceback.print_exception, file=err)  # a bug is shown all the same
+    sys.excepthook = lambda *bug: traceback.print_exception(*bug, file=err)  # shown all the same
 
     async def measure_and_finish(run: Run) -> int:
         try:

@@ -33,6 +33,7 @@ from session_consistency import (
     UsageError,
     at_least,
     common_prefix,
+    conversation,
     find_model,
     hit_rate,
     in_turn,
@@ -52,7 +53,7 @@ from session_consistency import (
     worker_places,
     write_json,
 )
-from stable_prefix_vs_timestamp import good_messages, system_prompt
+from stable_prefix_vs_timestamp import clock, good_messages, system_prompt
 
 __all__ = [
     "ANSWER",
@@ -72,7 +73,9 @@ __all__ = [
     "Run",
     "UsageError",
     "at_least",
+    "clock",
     "common_prefix",
+    "conversation",
     "engine_parser",
     "find_model",
     "good_messages",
@@ -139,12 +142,15 @@ def engine_parser(doc: str) -> Parser:
     return parser
 
 
-def render(tokenizer, messages: list[dict], **variables: object) -> str:
-    """Return a chat as text, to where the answer begins; `variables` are further ones of the template, like tools."""
+def render(tokenizer, messages: list[dict], answer: bool = True, **variables: object) -> str:
+    """Return a chat as text, to where the answer begins, or where the last message ends.
+
+    `variables` are further ones of the template, like tools.
+    """
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **variables)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False, **variables)
     except (TemplateError, OverflowError, TypeError, ValueError) as error:
         raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
 

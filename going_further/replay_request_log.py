@@ -336,11 +336,11 @@ class Comparer:
         self.recent: OrderedDict[int, Prompt] = OrderedDict()  # by line
         self.heads: deque[tuple[int, int]] = deque(maxlen=HEADS_COMPARED)
 
-    def render(self, request: Request, messages: list[dict]) -> str:
+    def render(self, request: Request, messages: list[dict], answer: bool = True) -> str:
         if not self.takes_parts:
             messages = [{**message, "content": plain(message["content"])} for message in messages]
         try:
-            return render(self.tokenizer, messages, tools=request.tools, **request.variables)
+            return render(self.tokenizer, messages, answer, tools=request.tools, **request.variables)
         except LessonError as error:
             raise LessonError(f"line {request.line}: {error}") from error
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 # What a shell's nohup or a background job ignores, the scripts that are started here ignore too; signals are tested.
@@ -13,3 +15,13 @@ for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 
 settings.register_profile("suite", deadline=None)  # how long an example takes says nothing on a busy machine
 settings.load_profile("suite")
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Give back the handlers that a command replaces: what ignores a signal hands that on to all that it starts."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(signum) for signum in signals]
+    yield
+    for signum, handler in zip(signals, before, strict=True):
+        signal.signal(signum, handler)

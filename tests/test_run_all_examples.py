@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -215,16 +213,6 @@ def test_the_summary_of_a_recorded_run_fits_80_columns_and_leaves_out_request_0(
         rows = [m for m in result["measurements"] if m["experiment"] == "main" and m["arm"] == "good" and m["request"]]
         assert read_arm(result, "good").cached_tokens == sum(m["cached_tokens"] for m in rows)
         assert result["lesson"] in out
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """Give back the handlers that the runner replaces: what ignores a signal hands that on to all that it starts."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(signum) for signum in signals]
-    yield
-    for signum, handler in zip(signals, before, strict=True):
-        signal.signal(signum, handler)
 
 
 @pytest.mark.usefixtures("own_signals")

@@ -44,12 +44,13 @@ class Done:
 
 @pytest.fixture(scope="module")
 def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Done]:
-    """Return a function that runs a script of the repository with `--json` and checks what every run must keep."""
+    """Return a function that runs a script or module here with `--json`, and checks what every run must keep."""
 
     def run(script: str, *options: str, json_name: str = "out.json") -> Done:
         path = tmp_path_factory.mktemp("run") / json_name
-        command = [sys.executable, str(ROOT / script), *options, "--json", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        what = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+        command = [sys.executable, *what, *options, "--json", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=ROOT)
         assert "Traceback" not in done.stderr
         assert "\x1b" not in done.stdout, "no colour and no cursor movement in a pipe"
         assert max(map(len, done.stdout.splitlines()), default=0) <= 80, done.stdout

@@ -278,7 +278,7 @@ async def lesson(run: Run) -> None:
             await key_order(run, engine, static)
             await compaction(run, engine, static)
             await generated_tokens(run, engine, static)
-            course_arithmetic(run)
+            await course_arithmetic(run, engine, static)
 
 
 def check_template(model: Model, turns: list[list[dict]]) -> None:
@@ -352,19 +352,25 @@ async def compaction(run: Run, engine: Engine, static: str) -> None:
         run.claim("after the cold turn it is cheap again", max(later) < cold, evidence)
 
 
+def drawn(model: Model, tokens: int) -> dict:
+    """Return how vLLM is to write so many tokens: drawn, since the likeliest one of random weights is always the same.
+
+    Of those that the tokenizer and the model both have, so that each has a text.
+    """
+    known = sorted(n for n in model.tokenizer.get_vocab().values() if n < model.vocabulary)
+    return dict(max_tokens=tokens, temperature=1.0, seed=1, allowed_token_ids=known)
+
+
 async def generated_tokens(run: Run, engine: Engine, static: str) -> None:
     """Send back what the model wrote, as its token ids or as text that is tokenised again."""
     model = run.model
-    known = sorted(n for n in model.tokenizer.get_vocab().values() if n < model.vocabulary)  # ids that both have
-    # The likeliest token of random weights is always the same: these are drawn, and of those that have a text.
-    sampling = dict(max_tokens=OUTPUT_TOKENS, temperature=1.0, seed=1, allowed_token_ids=known)
     ids = model.encode(good_messages(static, 0))
     ids = ids[: model.whole_blocks(len(ids)) - 8]  # so that what is generated completes a block
     following = model.encode([{"role": "user", "content": "Go on."}])
     run.print("\n[bold]Generated tokens as history[/]: ids are found again, text encoded anew may not be")
     run.print(f"{'sent back as':<14}{'history':>9}{'cached':>9}   first difference in the generated part")
     for arm in ("ids", "text"):
-        await engine.ask(ids, "generated", arm, 0, salt=arm, **sampling)
+        await engine.ask(ids, "generated", arm, 0, salt=arm, **drawn(model, OUTPUT_TOKENS))
         written = list(engine.output.outputs[0].token_ids)
         again = written
         if arm == "text":
@@ -378,22 +384,53 @@ async def generated_tokens(run: Run, engine: Engine, static: str) -> None:
             run.claim("generated ids are found", m.cached_tokens == whole, f"{m.cached_tokens:,} of {whole:,} tokens")
 
 
-def course_arithmetic(run: Run) -> None:
-    """Recompute a course text's figures: a Q&A on message structure and KV cache, -95 % time and -90 % cost."""
-    share, size = run.args.price_cached / run.args.price_input, run.model.block_size
-    run.print("\n[bold]The arithmetic of the course text[/]: ten turns, each 100 tokens longer")
-    run.print("(a Q&A on message structure and KV cache: -95% time, -90% cost in ten turns)")
+async def course_arithmetic(run: Run, engine: Engine, static: str) -> None:
+    """Recompute a course text's figures: a Q&A on message structure and KV cache."""
+    run.print("\n[bold]The arithmetic of the course text[/], a Q&A on message structure and KV cache")
+    await course_turn(run, engine, static)
+    course_bill(run)
+
+
+async def course_turn(run: Run, engine: Engine, static: str) -> None:
+    """Its second turn: system 100 + user 20, an answer of 50, user 20. It counts all but the last 20 as cached."""
+    model = run.model
+    asked, following = model.encode(good_messages(static, 0))[:120], model.encode(good_messages(static, 1))[-20:]
+    await engine.ask(asked, "course", "cache", 0, salt="course", **drawn(model, 50))
+    again = [*asked, *engine.output.outputs[0].token_ids, *following]
+    cold = await engine.ask(again, "course", "no cache", 1, salt="another")
+    warm = await engine.ask(again, "course", "cache", 1, salt="course")
+    run.print("turn 2: 100 + 20 + an answer of 50 + 20 tokens, at $0.01 and $0.001 per 1,000")
+    run.print(f"{'':<34}{'cached':>8}{'new':>6}{'cost':>11}{'':>8}{'TTFT':>10}")
+    row = "{:<34}{:>8}{:>6}{:>11}{:>8}{:>10}"
+    alone = course_cost(0, len(again))
+    found = {"the text, no cache": (0, "200 ms"), "the text, with the cache": (170, "20 ms")}
+    found |= {"measured, no cache": (cold.cached_tokens, milliseconds(cold.ttft_ms))}
+    found |= {f"measured, in blocks of {model.block_size}": (warm.cached_tokens, milliseconds(warm.ttft_ms))}
+    for name, (cached, ttft) in found.items():
+        bill = course_cost(cached, len(again) - cached)
+        run.print(row.format(name, cached, len(again) - cached, f"${bill:.6f}", f"{bill / alone - 1:+.0%}", ttft))
+    whole = model.whole_blocks(len(asked) + 50 - 1)
+    run.print("The answer's last token has no KV yet, and a block is found whole or not at all.")
+    run.claim("turn 2 finds turn 1 and its answer, in whole blocks", warm.cached_tokens == whole, f"{whole} tokens")
+
+
+def course_cost(cached: int, new: int) -> float:
+    """Return $ at the course text's own prices."""
+    return (new * 0.01 + cached * 0.001) / 1000
+
+
+def course_bill(run: Run) -> None:
+    """Its ten turns, each 100 tokens longer: -95 % time and -90 % cost, it says; not so, by its own numbers."""
+    share = run.args.price_cached / run.args.price_input
     growing = [100 * turn for turn in range(1, 11)]
     sent, new = sum(growing), growing[-1]  # edited in place everything sent is computed, appended only what is new
-    run.print(f"computed {sent:,} and {new:,} tokens: {new / sent - 1:+.0%}, not -95%")
+    run.print(f"ten turns, each 100 tokens longer: computes {sent:,} or {new:,}: {new / sent - 1:+.0%}, not -95%")
     paid = (new + share * (sent - new)) / sent
     run.print(f"cost with cached tokens at {share:.0%} of the price: {paid - 1:+.0%}, not -90%")
     bad, good = run.measured("main", "bad"), run.measured("main", "good")
     computed = computed_tokens(good) / computed_tokens(bad) - 1
     bill = cost(good, run.args) / cost(bad, run.args) - 1
     run.print(f"measured here: computed {computed:+.0%}, cost {bill:+.0%}")
-    run.print(f"120 tokens become 170 when edited, 190 when appended: 170 and {190 - 120} to compute,")
-    run.print(f"but {190 - (120 // size * size)} in blocks of {size}: a short prompt gains little or nothing")
 
 
 # --- the instrument: how it is measured; the same in all four lessons ---

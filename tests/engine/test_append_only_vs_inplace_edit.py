@@ -63,6 +63,11 @@ def test_deeper_adds_all_further_experiments(run_script, check_result) -> None:
     assert ids["cached_tokens"] == text["cached_tokens"] + 128, "the block that the answer completed"
     assert "-82%, not -95%" in done.out
     assert "-74%, not -90%" in done.out
+    [first, second], [cold] = (done.rows("course", arm) for arm in ("cache", "no cache"))
+    assert (first["prompt_tokens"], second["prompt_tokens"], cold["cached_tokens"]) == (120, 190, 0)
+    assert second["cached_tokens"] == 128, "the answer is found but for its last token, in whole blocks: 128 of 169"
+    assert "$0.000370" in done.out, "the text's own figure"
+    assert "$0.000748" in done.out, "62 new and 128 cached tokens at its prices"
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
@@ -80,6 +85,7 @@ def test_another_architecture_tokenizer_template_and_block_size(
     done = run_script(SCRIPT, "--model", str(model), *sizes)
     assert done.status == 0, done.out + done.err
     check_result(done.result, "append_only_vs_inplace_edit")
+    assert done.rows("course", "cache")[1]["cached_tokens"] == 169 // block_size * block_size
 
 
 def test_a_template_that_is_not_prefix_stable_is_refused_before_the_engine_starts(tmp_path: Path) -> None:

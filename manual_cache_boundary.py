@@ -186,6 +186,7 @@ async def lesson(run: Run) -> None:
         explicit_store(run, explicit, prompts["good"], boundary)
         if primed:
             boundaries_in_store(run, explicit, primed, prompts["good"][1])
+            kv_cache(run, explicit, prompts["good"][1])
 
 
 def marked_tokens(model: Model, prompt: str) -> int:
@@ -352,6 +353,7 @@ class ExplicitEngine:
             self.network = AutoModelForCausalLM.from_config(
                 self.config, dtype=torch.float32, trust_remote_code=False
             ).eval()
+        self.computed = 0  # tokens that went through the model
         kv, _ = self.prefill([5] * length)
         self.store_bytes = 2 * kv_nbytes(kv)  # a store that holds two prompts
 
@@ -365,9 +367,20 @@ class ExplicitEngine:
 
         kv = DynamicCache(config=self.config) if kv is None else kv
         new = torch.tensor([ids[kv.get_seq_length() :]], device=self.device)
+        self.computed += new.shape[1]
         with torch.inference_mode():
             output = self.network(input_ids=new, past_key_values=kv, logits_to_keep=1)
         return kv, output.logits[0, -1].cpu()
+
+    def write(self, ids: list[int], tokens: int, keep_kv: bool) -> tuple[list[int], list[float], int]:
+        """Return the likeliest tokens after `ids`, the ms that each took, and how many tokens were computed in all."""
+        kv, written, times, before = None, [], [], self.computed
+        for _ in range(tokens):
+            start = time.perf_counter()
+            kv, logits = self.prefill([*ids, *written], kv if keep_kv else None)
+            times.append((time.perf_counter() - start) * 1000)
+            written.append(int(logits.argmax()))
+        return written, times, self.computed - before
 
     def ask(self, ids: list[int], boundaries: list[int], store: PrefixStore | None) -> tuple[int, float, Tensor]:
         """Return cached tokens, TTFT in ms and logits; what ends at a boundary and is not stored yet is stored.
@@ -439,15 +452,16 @@ def apart(logits: Tensor, others: Tensor) -> float:
 
 
 def add_measurement(
-    run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, ms: float
+    run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, ms: float, **more: float
 ) -> None:
     """Put a request to the explicit engine, which is no worker and has no sessions, beside those to vLLM."""
-    run.measurements.append(Measurement(experiment, arm, n, None, None, len(ids), cached, predicted, ms))
+    run.measurements.append(Measurement(experiment, arm, n, None, None, len(ids), cached, predicted, ms, **more))
 
 
 # --- the lesson, --deeper: further experiments ---
 
 SAMPLES = 5
+WRITTEN = 32  # tokens
 BECAUSE = {
     "right": "all that is static",
     "too early": "the rest is left out",
@@ -534,6 +548,49 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
     if "inside a token" in primed:
         lost = len(primed["inside a token"]) - on_vllm["inside a token"]
         run.claim("a boundary inside a token loses a block", lost >= run.model.block_size, f"{lost} tokens")
+
+
+def kv_cache(run: Run, explicit: ExplicitEngine, ids: list[int]) -> None:
+    """Write with the KV of the tokens before and without it: what is called KV cache is this, within one request."""
+    run.print(f"\n[bold]The KV cache itself[/]: {WRITTEN} tokens written, the KV of the tokens before kept or not")
+    run.print(f"{'':<9}{'KV KEPT':>11}{'':>27}{'NOT KEPT'}")
+    run.print(f"{'prompt':>7}" + f"{'first':>11}{'next':>10}{'computed':>11}" * 2)
+    same = once = 0
+    for n, share in enumerate((8, 4, 2)):
+        prompt, texts, computed = ids[: len(ids) // share], {}, {}
+        for arm in in_turn(("kept", "not kept"), n):
+            texts[arm], times, computed[arm] = explicit.write(prompt, WRITTEN, keep_kv=arm == "kept")
+            add_measurement(run, "kv_cache", arm, n, prompt, 0, 0, times[0], tpot_ms=statistics.median(times[1:]))
+        row = f"{len(prompt):>7,}"
+        for arm in ("kept", "not kept"):
+            m = run.measured("kv_cache", arm)[n]
+            row += f"{milliseconds(m.ttft_ms):>11}{milliseconds(m.tpot_ms):>10}{computed[arm]:>11,}"
+        run.print(row)
+        same += int(texts["kept"] == texts["not kept"])
+        once += int(computed["kept"] == len(prompt) + WRITTEN - 1)  # the last one written is not computed any more
+    run.claim("the text is the same with the KV kept and without", same == 3, f"{same} of 3 prompts")
+    run.claim("with the KV kept each token is computed once", once == 3, f"{once} of 3 prompts")
+    print_two_caches(run)
+
+
+def print_two_caches(run: Run) -> None:
+    """Tell the two caches apart, with what each was measured to save."""
+    kept, not_kept = (run.measured("kv_cache", arm)[-1] for arm in ("kept", "not kept"))
+    cold, warm = (median_ms(run.measured("explicit_store", arm)[1:]) for arm in ("bad", "good"))
+    rows = {
+        "": ("KV cache", "prefix cache"),
+        "is kept for": ("one request", "all requests"),
+        "by": ("the model's own loop", "the service: a store, vLLM"),
+        "spares": ("repeated work in decoding", "repeated prefill"),
+        "grows with": ("length x tokens written", "length of the prefix"),
+        "measured": (
+            f"next token {milliseconds(not_kept.tpot_ms)} to {milliseconds(kept.tpot_ms)}",
+            f"TTFT {milliseconds(cold)} to {milliseconds(warm)}",
+        ),
+    }
+    run.print("")
+    for name, (one, other) in rows.items():
+        run.print(f"{name:<13}{one:<33}{other}")
 
 
 # --- the instrument: how it is measured; the same in all four lessons ---

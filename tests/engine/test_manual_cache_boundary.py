@@ -49,6 +49,11 @@ def test_deeper_shows_the_boundary_in_three_wrong_places(run_script, check_resul
     assert on_vllm["too early"] < on_vllm["right"] <= on_vllm["too late"]
     assert done.rows("boundary_store", "too late")[0]["cached_tokens"] == 0
     assert done.rows("boundary_store", "inside a token")[0]["cached_tokens"] == 0
+    kept, not_kept = (done.rows("kv_cache", arm) for arm in ("kept", "not kept"))
+    assert [m["prompt_tokens"] for m in kept] == [m["prompt_tokens"] for m in not_kept]
+    longest = -1
+    assert not_kept[longest]["tpot_ms"] > 3 * kept[longest]["tpot_ms"], "a thousand tokens computed for one, and one"
+    assert "with the KV kept each token is computed once" in {claim["claim"] for claim in done.result["claims"]}
 
 
 @pytest.mark.parametrize(

@@ -965,7 +965,8 @@ def milliseconds(value: float) -> str:
 
 
 def ttft_range(measured: list[Measurement]) -> str:
-    return f"{min(m.ttft_ms for m in measured):,.1f} - {max(m.ttft_ms for m in measured):,.1f} ms"
+    low, high = min(m.ttft_ms for m in measured), max(m.ttft_ms for m in measured)
+    return f"{low:,.1f} - {high:,.1f} ms" if high < 1000 else f"{low:,.0f} - {high:,.0f} ms"
 
 
 def built_in_model(gpu_memory: int) -> str:
@@ -1010,8 +1011,7 @@ def find_model(name: str) -> str:
         except OSError:
             raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from error
     except (ImportError, OSError, ValueError, http.InvalidURL) as error:
-        names = "HF_ENDPOINT, HF_TOKEN, SSL_CERT_FILE, the proxies"
-        raise LessonError(f"cannot ask the hub: {telling_line(error)}; check the environment: {names}") from error
+        raise LessonError(f"cannot ask the hub: {telling_line(error)}; check HF_*, SSL_CERT_FILE, proxies") from error
 
 
 def shown(text: str) -> str:

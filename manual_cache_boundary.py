@@ -23,7 +23,8 @@ a transformers model with random weights, without a store (bad) and with one
 token ids, within a byte budget (least recently used out first), for a time to
 live, pinned on request. First-token logits are compared with uncached ones.
 
---prompt-file FILE takes a prompt of your own with the marker in it.
+--prompt-file FILE takes a prompt of your own with the marker in it. Given twice
+or more, for prompts as they were really sent, it finds where the marker belongs.
 --deeper adds: a boundary too early, too late, and inside a token.
 """
 
@@ -32,14 +33,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import difflib
 import hashlib
 import itertools
+import math
 import re
 import sys
 import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,6 +89,54 @@ def split_at_boundary(prompt: str) -> tuple[str, str]:
     if not prefix.strip():
         raise ValueError(f"nothing stands before {MARKER!r}: there is no prefix to cache")
     return prefix, suffix.strip()
+
+
+def find_boundary(texts: list[str], share: float = 1.0, places: Sequence[int] = ()) -> int:
+    """Return the last place, in characters, up to which at least `share` of two texts or more agree.
+
+    It is moved back to the end of a line, or to one of `places`, or where there is neither between two words.
+    """
+    needed = max(2, math.ceil(share * len(texts)))
+    ordered, agreed = sorted(texts), ""
+    for first, last in zip(ordered, ordered[needed - 1 :], strict=False):  # what these two share, all between share
+        at = common_prefix(first, last)
+        if at > len(agreed):
+            agreed = first[:at]
+    if agreed in texts and texts.count(agreed) >= needed:
+        return len(agreed)  # nothing differs
+    line_end = agreed.rfind("\n") + 1
+    before = [place for place in places if place <= len(agreed)]
+    return max(line_end, *before, 0) or agreed.rfind(" ") + 1
+
+
+DIFFERENCES = {  # what a pair of differing words, or the line they are in, looks like; the first one counts
+    "clock": r"\d{4}-\d\d-\d\d|\d\d:\d\d|\b1[67]\d{8}",
+    "user": r"(?i)\b(user|member|reader|customer|account|tenant)\b",
+    "id": r"\b(?=[\w-]*\d)[\w-]{6,}",
+}
+
+
+def differences(text: str, other: str) -> list[tuple[str, str, str]]:
+    """Return the kind of each difference between two texts, line by line, and how either has it."""
+    lines, others = text.splitlines(), other.splitlines()
+    if sorted(lines) == sorted(others):
+        pair = next(((a, b) for a, b in zip(lines, others, strict=True) if a != b), None)
+        return [("order", *pair)] if pair else []
+    found = []
+    for what, a, b, c, d in difflib.SequenceMatcher(None, lines, others, autojunk=False).get_opcodes():
+        if what != "equal":
+            for line, counterpart in itertools.zip_longest(lines[a:b], others[c:d], fillvalue=""):
+                found.append((kind_of_difference(line, counterpart), line, counterpart))
+    return found
+
+
+def kind_of_difference(line: str, counterpart: str) -> str:
+    words, others = line.split(), counterpart.split()
+    changed = " ".join([word for word in words if word not in others] + [word for word in others if word not in words])
+    for kind, pattern in DIFFERENCES.items():
+        if re.search(pattern, line + counterpart if kind == "user" else changed):
+            return kind
+    return "text"
 
 
 def reader(n: int) -> str:
@@ -147,10 +198,61 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     run.print(time_verdict(bad, good))
 
 
+def boundary_of_its_own(run: Run, prompt: str, boundary: int) -> None:
+    """Find from the prompts of each arm where their boundary is, without looking for the marker."""
+    model, found = run.model, {}
+    for arm, layout in LAYOUTS.items():
+        chats = [layout(prompt, n) for n in range(run.args.requests)]
+        texts = [model.render(chat) for chat in chats]
+        contents = [texts[0].find(message["content"].strip()) for message in chats[0]]  # -1: written in another way
+        found[arm] = tokens_before(model, texts[0], find_boundary(texts, places=contents))
+    kinds = {kind for kind, _, _ in differences(*texts[:2])}
+    run.print(
+        f"\nFound by itself in {len(texts)} good prompts: the boundary is at token {found['good']:,}, the marker's is"
+    )
+    run.print(
+        f"{boundary:,}; behind it differ: {', '.join(sorted(kinds))}. In the bad prompts it is at {found['bad']:,}."
+    )
+    evidence = f"at token {found['good']:,}, the marker at {boundary:,}"
+    equal = model.whole_blocks(found["good"]) == model.whole_blocks(boundary)
+    run.claim("the boundary found primes as many blocks as the marker", equal, evidence)
+    hits = max(m.cached_tokens for m in run.measured("main", "bad")[1:])
+    early = model.whole_blocks(found["bad"])
+    evidence = f"{early:,} tokens in whole blocks, {hits:,} found in the cache"
+    run.claim("in bad it is as early as the hits end", early <= hits < model.whole_blocks(found["good"]), evidence)
+
+
+def mark_boundary(run: Run, texts: list[str]) -> str:
+    """Return the first of the user's prompts with the marker where it belongs; show why there."""
+    model, first, at = run.model, texts[0], find_boundary(texts)
+    static, rest = first[:at], first[at:]
+    if not static.strip():
+        differ = "; ".join(f"{kind}: {line[:60]!r}" for kind, line, _ in differences(*texts[:2])[:2])
+        raise LessonError(f"the prompts have no beginning in common: move what differs to their end ({differ})")
+    tokens = tokens_before(model, first, at)
+    line = len(static.splitlines())
+    run.print(f"Found in {len(texts)} prompts: they agree up to character {at:,} (token {tokens:,}), line {line}.")
+    found = differences(*texts[:2])
+    for kind, line, other in found[:5]:
+        run.print(f"  {kind:<6}{shown(line.strip()[:34])!r:<37}{shown(other.strip()[:34])!r}", markup=False)
+    behind = set(rest.splitlines()).intersection(*(text[at:].splitlines() for text in texts[1:]))
+    shared = model.count("\n".join(line for line in rest.splitlines() if line in behind))
+    if shared >= model.block_size:
+        run.print(f"Behind it stand {shared:,} tokens that all prompts share: move the lines above behind them.")
+    around = [*static.splitlines()[-2:], MARKER, *rest.splitlines()[:2]]
+    run.print("\n".join(f"  | {shown(line)[:75]}" for line in around) + "\n", markup=False)
+    marked = f"{static}{MARKER}\n{rest}"
+    about = {"characters": at, "tokens": tokens, "differences": found, "shared_behind": shared, "marked_prompt": marked}
+    run.result["found_boundary"] = about
+    return marked
+
+
 async def lesson(run: Run) -> None:
     """Split the prompt, start vLLM and send both layouts; then the same with transformers and a store."""
-    model, prompt = run.model, run.args.prompt_file
-    prompt = prompt or default_prompt(run.args.prefix_tokens, model.count)
+    model, texts = run.model, run.args.prompt_file
+    prompt = texts[0] if texts else default_prompt(run.args.prefix_tokens, model.count)
+    if len(texts) > 1:
+        prompt = mark_boundary(run, texts)
     prompts = {}
     for arm, layout in LAYOUTS.items():
         prompts[arm] = [model.encode(layout(prompt, n)) for n in range(run.args.requests)]
@@ -178,12 +280,14 @@ async def lesson(run: Run) -> None:
     await run.warm_up(longest, suffix)
     with run.timed("measuring"):
         await pair(run, engine, prompts)
+        boundary_of_its_own(run, prompt, boundary)
         if primed:
             await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
     run.end_engine(engine)  # its cores and memory are needed now
     with run.timed("measuring"):
         explicit.load(max(map(len, prompts["good"])))
         explicit_store(run, explicit, prompts["good"], boundary)
+        tiers(run, explicit, prompts["good"][0])
         if primed:
             boundaries_in_store(run, explicit, primed, prompts["good"][1])
             kv_cache(run, explicit, prompts["good"][1])
@@ -192,30 +296,40 @@ async def lesson(run: Run) -> None:
 def marked_tokens(model: Model, prompt: str) -> int:
     """Return how many tokens stand before the marker, without a last one that would merge with what follows."""
     text = model.render(good_messages(prompt, 0))
-    return common_prefix(model.tokens(text[: text.index(reader(0))]), model.tokens(text))
+    return tokens_before(model, text, text.index(reader(0)))
+
+
+def tokens_before(model: Model, text: str, place: int) -> int:
+    """Return how many tokens of a text end at a place in it or before."""
+    return common_prefix(model.tokens(text[:place]), model.tokens(text))
 
 
 def read_prompt(path: str) -> str:
-    """Return the user's prompt; argparse.ArgumentTypeError where there is none, or it has no boundary."""
+    """Return the user's prompt; argparse.ArgumentTypeError where there is none."""
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise ValueError("it is no regular file")
         if Path(path).stat().st_size > LARGEST_FILE:
             raise ValueError(f"it is larger than {LARGEST_FILE:,} bytes, more than a model takes")
-        prompt = Path(path).read_text(encoding="utf-8")
-        split_at_boundary(prompt)
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # no UTF-8, or no boundary
+    except ValueError as error:  # no UTF-8
         raise argparse.ArgumentTypeError(f"{path}: {error}") from error
-    return prompt
 
 
 def main() -> int:
     parser = lesson_parser(__doc__, requests=6)
-    text = f"a prompt of your own, with one {MARKER} in it, in a regular file"
-    parser.add_argument("--prompt-file", metavar="FILE", type=read_prompt, help=text)
+    text = f"a prompt of your own, with one {MARKER} in it; or without it, twice or more, to find its place"
+    parser.add_argument("--prompt-file", metavar="FILE", type=read_prompt, action="append", default=[], help=text)
     args = parse(parser)
+    try:
+        if len(args.prompt_file) == 1:
+            split_at_boundary(args.prompt_file[0])
+        elif any(MARKER in text for text in args.prompt_file):
+            raise ValueError(f"several prompts are searched for their boundary: leave {MARKER} out")
+    except ValueError as error:
+        parser.error(f"--prompt-file: {error}")
     if args.prompt_file and args.prefix_tokens is not None:
         parser.error("--prompt-file brings a prompt of its own length: leave --prefix-tokens out")
     if args.prompt_file:
@@ -445,6 +559,33 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
     run.claim("logits from stored KV are those of a full prefill", equal_logits, evidence)
     run.claim("the next token is the same", equal == len(prompts), f"{equal} of {len(prompts)} requests")
     run.claim("corrupted KV does change the logits", control > explicit.tolerance, f"{control:.1e} apart")
+
+
+def tiers(run: Run, explicit: ExplicitEngine, ids: list[int]) -> None:
+    """Keep a system prompt, a conversation and four requests in one store, each by the rule of its tier."""
+    size, now = min(64, len(ids) // 6), 0.0
+    names = ("system prompt", "conversation", "request, used again", "request, unused", "request", "another request")
+    prefixes = {name: ids[n * size : (n + 1) * size] for n, name in enumerate(names)}
+    kv = {name: explicit.prefill(prefix)[0] for name, prefix in prefixes.items()}
+    store = PrefixStore(4 * kv_nbytes(kv["system prompt"]), ttl_s=300, clock=lambda: now)
+    store.put(prefixes["system prompt"], kv["system prompt"], pinned=True)
+    store.put(prefixes["conversation"], kv["conversation"])
+    now = 200.0
+    for name in ("request, used again", "request, unused"):
+        store.put(prefixes[name], kv[name])
+    now = 301.0
+    store.get([*prefixes["request, used again"], ids[0]])
+    for name in ("request", "another request"):  # the second one finds no room
+        store.put(prefixes[name], kv[name])
+    rules = {"system prompt": "pinned", "conversation": f"time to live, {store.ttl_s} s"}
+    kept = {name: store.key(prefix) in store.entries for name, prefix in prefixes.items()}
+    run.print(f"\n[bold]Three tiers in one store[/] with room for four, after {now:.0f} s")
+    for name in names[:4]:
+        rule = rules.get(name, "last use, where room is short")
+        run.print(f"{name:<22}{rule:<32}{'kept' if kept[name] else 'gone'}")
+    right = list(kept.values()) == [True, False, True, False, True, True]
+    evidence = f"kept: {', '.join(name for name in names if kept[name])}"
+    run.claim("each tier keeps and drops by its rule", right, evidence)
 
 
 def apart(logits: Tensor, others: Tensor) -> float:
@@ -1125,7 +1266,8 @@ def milliseconds(value: float) -> str:
 
 
 def ttft_range(measured: list[Measurement]) -> str:
-    return f"{min(m.ttft_ms for m in measured):,.1f} - {max(m.ttft_ms for m in measured):,.1f} ms"
+    low, high = min(m.ttft_ms for m in measured), max(m.ttft_ms for m in measured)
+    return f"{low:,.1f} - {high:,.1f} ms" if high < 1000 else f"{low:,.0f} - {high:,.0f} ms"
 
 
 def built_in_model(gpu_memory: int) -> str:
@@ -1170,8 +1312,7 @@ def find_model(name: str) -> str:
         except OSError:
             raise LessonError(f"{name}: no folder, not downloaded, and the hub is out of reach") from error
     except (ImportError, OSError, ValueError, http.InvalidURL) as error:
-        names = "HF_ENDPOINT, HF_TOKEN, SSL_CERT_FILE, the proxies"
-        raise LessonError(f"cannot ask the hub: {telling_line(error)}; check the environment: {names}") from error
+        raise LessonError(f"cannot ask the hub: {telling_line(error)}; check HF_*, SSL_CERT_FILE, proxies") from error
 
 
 def shown(text: str) -> str:

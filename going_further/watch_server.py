@@ -103,7 +103,7 @@ class Look:
     """What a server had counted at one moment, all its engines together."""
 
     counters: Counter[str] = dataclasses.field(default_factory=Counter)  # tokens, preemptions
-    ttft: Counter[float] = dataclasses.field(default_factory=Counter)  # bucket's upper bound in s: requests up to it
+    ttft: Counter[float] = dataclasses.field(default_factory=Counter)  # bucket's upper bound in ms: requests up to it
     waiting: int = 0
     kv_usage: float = 0.0  # of the fullest engine, 0 to 1
     process_start: float | None = None
@@ -117,7 +117,7 @@ class Look:
         if name in COUNTERS:
             self.counters[COUNTERS[name]] += int(value)
         elif name == TTFT:
-            self.ttft[float(labels.get("le", ""))] += int(value)
+            self.ttft[float(labels.get("le", "")) * 1000] += int(value)
         elif name == WAITING:
             self.waiting += int(value)
         elif name == KV_USAGE:
@@ -145,9 +145,8 @@ def read_metrics(text: str) -> Look:
     try:
         for family in text_string_to_metric_families("\n".join(lines)):
             for name, labels, value, *_ in family.samples:
-                if name in names:  # and not one of which it is but the beginning
-                    found.add(name)
-                    look.add(name, labels, value)
+                found.add(name)
+                look.add(name, labels, value)
     except (ValueError, IndexError, OverflowError) as error:  # all are the parser's for text that is none
         raise Fault("no metrics", "not in Prometheus' text format") from error
     if "vllm:" not in text:
@@ -295,7 +294,6 @@ class Watched:
         hit_rate = ratio(done["cached"], done["queried"])
         if state != "start":
             self.rates.append(hit_rate if state == "interval" else None)
-        p50, p90 = quantile(0.5, ttft), quantile(0.9, ttft)
         return Sample(
             server=self.url,
             at=at,
@@ -308,9 +306,9 @@ class Watched:
             hit_rate=hit_rate,
             hit_rate_since_start=ratio(look.counters["cached"], look.counters["queried"]),
             first_tokens=ttft[math.inf],
-            ttft_p50_ms=None if p50 is None else p50 * 1000,
-            ttft_p90_ms=None if p90 is None else p90 * 1000,
-            ttft_largest_bound_ms=max((bound for bound in ttft if bound < math.inf), default=0) * 1000,
+            ttft_p50_ms=quantile(0.5, ttft),
+            ttft_p90_ms=quantile(0.9, ttft),
+            ttft_largest_bound_ms=max((bound for bound in ttft if bound < math.inf), default=0),
             kv_usage=look.kv_usage,
             waiting=look.waiting,
             preemptions=done["preemptions"],
@@ -362,6 +360,8 @@ def row(n: int, sample: Sample, sparks: str) -> str:
     line = f"{time_of_day(sample.at)} {n:>2} "
     if sample.fault is not None:
         return fit(line + shown(sample.fault))
+    if sample.state == "restarted" and not sample.prefix_caching:
+        return f"{line}restarted, prefix caching is off"
     line += f"{ttft_text(sample.ttft_p50_ms, sample):>7} {ttft_text(sample.ttft_p90_ms, sample):>7} "
     line += f"{sample.kv_usage:>4.0%} {short(sample.waiting):>4} {short(sample.preemptions):>4} "
     line += f"{short(ratio(sample.prompt_tokens, sample.seconds)):>6} "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from manual_cache_boundary import (
     PrefixStore,
     bad_messages,
     default_prompt,
+    differences,
+    find_boundary,
     good_messages,
     read_prompt,
     reader,
@@ -86,11 +90,10 @@ def test_no_two_readers_are_the_same_and_all_are_described_at_the_same_length() 
     assert len({len(text) for text in readers}) == 1
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"no marker", "0 markers"), (b"\xff\xfe\x00", "decode")])
-def test_a_prompt_file_without_a_boundary_is_wrong_usage(tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_prompt_file_that_is_no_text_is_wrong_usage(tmp_path: Path) -> None:
     path = tmp_path / "prompt.txt"
-    path.write_bytes(content)
-    with pytest.raises(argparse.ArgumentTypeError, match=says):
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(argparse.ArgumentTypeError, match="decode"):
         read_prompt(str(path))
 
 
@@ -104,18 +107,77 @@ def test_a_prompt_file_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
     [
         (["--prompt-file", "none.txt"], "cannot read none.txt: No such file or directory"),
         (["--prompt-file", "prompt.txt", "--prefix-tokens", "500"], "leave --prefix-tokens out"),
+        (["--prompt-file", "bare.txt"], "--prompt-file: the prompt has 0 markers"),
+        (["--prompt-file", "bare.txt", "--prompt-file", "prompt.txt"], "searched for their boundary: leave"),
     ],
 )
 def test_a_prompt_file_that_cannot_be_taken_is_told_before_anything_is_imported(
     tmp_path: Path, options: list[str], says: str
 ) -> None:
     (tmp_path / "prompt.txt").write_text(f"Be brief. {MARKER} Why?")
+    (tmp_path / "bare.txt").write_text("Be brief. Why?")
     program = "import sys; sys.modules['vllm'] = None; from manual_cache_boundary import main; main()"
     command = [sys.executable, "-c", program, *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[-1]
+
+
+# --- a boundary that is found ---
+
+LINES = st.lists(st.sampled_from(["one", "two", "three"]), max_size=6).map("\n".join)
+
+
+@given(st.lists(LINES, min_size=2, max_size=6), st.sampled_from([0.5, 0.75, 1.0]))
+def test_so_many_prompts_agree_up_to_the_boundary_and_it_stands_at_the_end_of_a_line(
+    texts: list[str], share: float
+) -> None:
+    at = find_boundary(texts, share)
+    needed = max(2, math.ceil(share * len(texts)))
+    prefixes = [text[:at] for text in texts]
+    agreed, count = Counter(prefixes).most_common(1)[0]
+    assert count >= needed
+    whole = texts.count(agreed) >= needed  # nothing differs
+    assert at == 0 or whole or agreed.endswith("\n")
+    for longer in {text[: at + 1 + text[at:].find("\n")] for text in texts if "\n" in text[at:]}:
+        if len(longer) > at and not whole:
+            assert sum(text.startswith(longer) for text in texts) < needed, "no line further is agreed upon"
+
+
+def test_a_boundary_moves_back_to_a_line_a_message_or_a_word() -> None:
+    assert find_boundary(["rules\nat 09:30", "rules\nat 09:31"]) == len("rules\n")
+    assert find_boundary(["rules[user]at 09:30", "rules[user]at 09:31"], places=[0, 11, 40]) == len("rules[user]")
+    assert find_boundary(["be kind at 09:30", "be kind at 09:31"]) == len("be kind at ")
+    assert find_boundary(["abc", "xyz"]) == 0
+    assert find_boundary(["same", "same"]) == len("same")
+
+
+def test_one_prompt_that_is_another_does_not_count_where_a_share_is_enough() -> None:
+    texts = ["rules\none", "rules\ntwo", "rules\nthree", "quite another"]
+    assert find_boundary(texts) == 0
+    assert find_boundary(texts, share=0.75) == len("rules\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "kind"),
+    [
+        ("Time: 2026-01-15 09:30", "Time: 2026-01-15 09:31", "clock"),
+        ("now: 1768469400", "now: 1768469460", "clock"),
+        ("User: bob", "User: eve", "user"),
+        ("request 8f3a2b1c", "request 9f3a2b1d", "id"),
+        ("Where is it?", "Why is it?", "text"),
+    ],
+)
+def test_what_differs_is_named_by_its_kind(line: str, other: str, kind: str) -> None:
+    found = differences(f"rules\n{line}\ntools", f"rules\n{other}\ntools")
+    assert found == [(kind, line, other)]
+
+
+def test_tools_in_another_order_are_called_so() -> None:
+    assert differences("tool a\ntool b", "tool b\ntool a") == [("order", "tool a", "tool b")]
+    assert differences("same", "same") == []
+    assert differences("a", "a\nb") == [("text", "", "b")]
 
 
 # --- the store; its KV is a real DynamicCache, so these need torch ---

@@ -127,10 +127,10 @@ def test_an_interval_shows_its_own_numbers_and_the_hit_rate_since_the_start() ->
 
 
 def test_engines_of_one_server_are_summed_and_the_fullest_tells_the_kv_usage() -> None:
-    text = metrics((1000, 100), (3000, 900), ttft=(0, 1, 1, 1), kv=(0.1, 0.4), waiting=2, preempted=1)
+    text = metrics((1000, 100), (3000, 900), (0, 0), ttft=(0, 1, 1, 1), kv=(0.1, 0.4, 0.2), waiting=2, preempted=1)
     ((sample, _),) = seen(text)
     assert (sample.queried_tokens, sample.cached_tokens, sample.hit_rate) == (4000, 1000, 0.25)
-    assert (sample.first_tokens, sample.waiting, sample.preemptions, sample.kv_usage) == (2, 4, 2, 0.4)
+    assert (sample.first_tokens, sample.waiting, sample.preemptions, sample.kv_usage) == (3, 6, 3, 0.4)
 
 
 def test_tokens_from_a_kv_connector_are_cached_tokens() -> None:
@@ -189,6 +189,8 @@ def test_a_server_without_prefix_caching_has_no_hit_rate() -> None:
         assert line.endswith("  prefix caching is off")
         assert (sample.prefix_caching, sample.hit_rate) == (False, None)
         assert len(line) <= 80
+    *_, (sample, line) = seen(metrics((10, 5)), text)
+    assert (sample.state, line) == ("restarted", "09:30:01  1 restarted, prefix caching is off")
 
 
 @given(st.integers(0, 2**60), st.integers(0, 2**60), st.lists(st.integers(0, 10**6), min_size=4, max_size=4))
@@ -449,7 +451,8 @@ def test_a_reader_that_goes_away_is_one_line_and_the_json_is_written(address: st
     Scripted.scripts["a"] = [metrics((1000, 500))]
     path = tmp_path / "out.json"
     with start("--interval", "1", f"{address}/a", "--json", str(path), stdout=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
+        while "since start" not in process.stdout.readline():
+            assert process.poll() is None
         process.stdout.close()
         err = process.stderr.read()
     assert (process.returncode, err) == (1, "watch_server: error: cannot write: Broken pipe\n")

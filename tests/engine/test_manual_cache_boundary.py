@@ -100,3 +100,36 @@ def test_a_prompt_file_without_marker_is_refused_before_anything_starts(run_scri
     done = run_script(SCRIPT, "--prompt-file", str(prompt))
     assert (done.status, done.out) == (2, "")
     assert "0 markers" in done.err
+
+
+def test_the_boundary_of_ones_own_prompts_is_found_shown_and_used(run_script, tmp_path: Path) -> None:
+    rules = "".join(f"Rule {n}: be brief and name the order.\n" for n in range(40))
+    tools = "".join(f"Tool find_{n}(id) finds things of kind {n}.\n" for n in range(40))
+    options = []
+    for n in range(3):
+        prompt = tmp_path / f"{n}.txt"
+        prompt.write_text(f"{rules}Time: 2026-01-15 09:3{n}\n{tools}Where is order 77{n}?\n")
+        options += ["--prompt-file", str(prompt)]
+    done = run_script(SCRIPT, *options, "--requests", "3")
+    assert done.status == 0, done.out + done.err
+    found = done.result["found_boundary"]
+    assert found["characters"] == len(rules)
+    assert [kind for kind, _, _ in found["differences"]] == ["clock", "text"]
+    assert found["shared_behind"] > 128, "the tools stand behind the clock"
+    assert found["marked_prompt"].startswith(rules + "// __CACHE_END__\nTime: ")
+    assert "  | // __CACHE_END__\n  | Time: 2026-01-15 09:30\n" in done.out
+    first_user = done.rows("main", "good")[1]
+    assert first_user["cached_tokens"] == found["tokens"] // 128 * 128 or (
+        first_user["cached_tokens"] == (found["tokens"] // 128 + 1) * 128
+    ), "the template's own tokens stand before it"
+
+
+def test_prompts_without_a_common_beginning_are_told_what_to_move(run_script, tmp_path: Path) -> None:
+    options = []
+    for n in range(2):
+        prompt = tmp_path / f"{n}.txt"
+        prompt.write_text(f"{n}: 2026-01-15 09:3{n}\n" + "Be brief.\n" * 200)
+        options += ["--prompt-file", str(prompt)]
+    done = run_script(SCRIPT, *options)
+    assert (done.status, len(done.err.splitlines())) == (1, 1), done.err
+    assert "no beginning in common: move what differs to their end (clock: '0: 2026-01-15 09:30')" in done.err

@@ -1,4 +1,4 @@
-"""A real server under lesson 1's two layouts: what is shown of it is what its requests report, and that it was killed."""
+"""A real server under lesson 1's two layouts, killed, and started anew: what is shown is what its requests report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from going_further.vllm_router_sessions import (
     vllm_is_for_gpus,
     wait_until_healthy,
 )
+from going_further.watch_server import BLOCKS
 from stable_prefix_vs_timestamp import bad_messages
 
 openai = pytest.importorskip("openai", reason="the client: pip install -r requirements-router.txt")
@@ -79,7 +80,7 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Watch a server through both layouts, its death and its next life."""
     folder, path = tmp_path_factory.mktemp("watched"), tmp_path_factory.mktemp("json") / "out.json"
     tool = [sys.executable, "-m", "going_further.watch_server"]
@@ -88,8 +89,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     lines: list[str] = []
     reported = {}
     marks = []  # how many lines there were before a layout, and after it
-    os.environ.setdefault("KV_LESSON", str(folder))  # by it `ending` finds what servers have started
-    with ending(children):
+    with pytest.MonkeyPatch.context() as patch, ending(children):
+        patch.setenv("KV_LESSON", str(folder))  # by it `ending` finds what servers have started
         server = start_server(port, folder, children)
         command = [*tool, "--interval", "1", "--json", str(path), f"{server.url}/v1"]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -114,13 +115,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     lines += out.splitlines()
     assert err == "interrupted\n"
     result = json.loads(path.read_text())
-    yield Done(watcher.returncode, lines, reported, by_phase(result["samples"], marks), once)
+    return Done(watcher.returncode, lines, reported, by_phase(result["samples"], marks), once)
 
 
 def by_phase(samples: list[dict], marks: list[float]) -> dict[str, list[dict]]:
     """Sort a run's samples by what was sent: in one layout, in the other, and to the server started anew."""
-    from datetime import datetime
-
     phases = {"bad": [], "good": [], "gone": [], "again": []}
     restarted = False
     for sample in samples:
@@ -172,13 +171,7 @@ def test_that_the_server_was_killed_and_started_anew_is_said(done: Done) -> None
 
 def test_lines_are_of_80_columns_and_end_with_the_sparkline(done: Done) -> None:
     assert max(map(len, done.lines)) <= 80
-    assert any(line.rstrip()[-1] in tool_blocks() for line in done.lines if line)
-
-
-def tool_blocks() -> str:
-    from going_further.watch_server import BLOCKS
-
-    return BLOCKS
+    assert any(line.rstrip()[-1] in BLOCKS for line in done.lines if line)
 
 
 def test_one_look_shows_what_was_since_the_start(done: Done) -> None:

@@ -25,7 +25,8 @@ live, pinned on request. First-token logits are compared with uncached ones.
 
 --prompt-file FILE takes a prompt of your own with the marker in it. Given twice
 or more, for prompts as they were really sent, it finds where the marker belongs.
---deeper adds: a boundary too early, too late, and inside a token.
+--deeper adds: a boundary too early, too late, and inside a token; and the KV
+cache itself, within one request.
 """
 
 from __future__ import annotations

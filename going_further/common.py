@@ -94,6 +94,7 @@ __all__ = [
     "run_lesson",
     "schedule",
     "shown",
+    "stop",
     "system_prompt",
     "telling_line",
     "time_verdict",

@@ -1,4 +1,4 @@
-"""What running vLLM servers do now: hit rate, TTFT, tokens and KV cache, from their metrics.
+"""What running vLLM servers do now: hit rate, TTFT, KV cache, from their metrics.
 
     python -m going_further.watch_server http://127.0.0.1:8000
     python -m going_further.watch_server --once URL URL URL
@@ -15,7 +15,7 @@ the interval between them, for all engines of a server together:
   prompt    prompt tokens a second; cached: those that a cache had, a KV
             connector's included
   hit rate  cached tokens / queried tokens, in the interval and since the start;
-            last, a sparkline of the intervals, with gaps where nothing was asked
+            last, a sparkline of intervals, with gaps where nothing was asked
 
 "-" is not zero: there was nothing to divide by. The first line of a server, and
 the first after a restart (a counter went back, or its process is another one),

@@ -208,11 +208,9 @@ def boundary_of_its_own(run: Run, prompt: str, boundary: int) -> None:
         contents = [texts[0].find(message["content"].strip()) for message in chats[0]]  # -1: written in another way
         found[arm] = tokens_before(model, texts[0], find_boundary(texts, places=contents))
     kinds = {kind for kind, _, _ in differences(*texts[:2])}
+    run.print(f"\nFound by itself in {len(texts)} good prompts: the boundary is at token {found['good']:,}")
     run.print(
-        f"\nFound by itself in {len(texts)} good prompts: the boundary is at token {found['good']:,}, the marker's is"
-    )
-    run.print(
-        f"{boundary:,}; behind it differ: {', '.join(sorted(kinds))}. In the bad prompts it is at {found['bad']:,}."
+        f"(the marker: {boundary:,}), behind it differ: {', '.join(sorted(kinds))}. In bad: at token {found['bad']:,}."
     )
     evidence = f"at token {found['good']:,}, the marker at {boundary:,}"
     equal = model.whole_blocks(found["good"]) == model.whole_blocks(boundary)

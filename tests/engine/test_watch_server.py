@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from going_further.http_sessions import count_tokens
 from going_further.vllm_router_sessions import (
     Child,
     choose_model,
+    end_marked,
     ending,
     free_ports,
     server_command,
@@ -101,7 +101,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
                     reported[layout] = send(server, layout)
                     time.sleep(3)  # so that the last request is in a line, and one line is of nothing
                     marks.append(time.time())
-                os.killpg(server.process.pid, signal.SIGKILL)
+                end_marked(str(folder))  # all but the tracker that frees shared memory
                 lines_until(watcher, lines, "gone since")
                 server = start_server(port, folder, children)
                 lines_until(watcher, lines, "restarted")

@@ -25,8 +25,8 @@ live, pinned on request. First-token logits are compared with uncached ones.
 
 --prompt-file FILE takes a prompt of your own with the marker in it. Given twice
 or more, for prompts as they were really sent, it finds where the marker belongs.
---deeper adds: a boundary too early, too late, and inside a token; and the KV
-cache itself, within one request.
+--deeper adds: a boundary too early, too late, and inside a token; three
+tiers in one store; and the KV cache itself, within one request.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def mark_boundary(run: Run, texts: list[str]) -> str:
     behind = set(rest.splitlines()).intersection(*(text[at:].splitlines() for text in texts[1:]))
     shared = model.count("\n".join(line for line in rest.splitlines() if line in behind))
     if shared >= model.block_size:
-        run.print(f"Behind it stand {shared:,} tokens that all prompts share: move the lines above behind them.")
+        run.print(f"Behind it all share {shared:,} tokens more: move the lines above to the end.")
     around = [*static.splitlines()[-2:], MARKER, *rest.splitlines()[:2]]
     run.print("\n".join(f"  | {shown(line)[:75]}" for line in around) + "\n", markup=False)
     marked = f"{static}{MARKER}\n{rest}"
@@ -286,9 +286,9 @@ async def lesson(run: Run) -> None:
     with run.timed("measuring"):
         explicit.load(max(map(len, prompts["good"])))
         explicit_store(run, explicit, prompts["good"], boundary)
-        tiers(run, explicit, prompts["good"][0])
         if primed:
             boundaries_in_store(run, explicit, primed, prompts["good"][1])
+            tiers(run, explicit)
             kv_cache(run, explicit, prompts["good"][1])
 
 
@@ -560,11 +560,11 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
     run.claim("corrupted KV does change the logits", control > explicit.tolerance, f"{control:.1e} apart")
 
 
-def tiers(run: Run, explicit: ExplicitEngine, ids: list[int]) -> None:
+def tiers(run: Run, explicit: ExplicitEngine) -> None:
     """Keep a system prompt, a conversation and four requests in one store, each by the rule of its tier."""
-    size, now = min(64, len(ids) // 6), 0.0
+    now = 0.0
     names = ("system prompt", "conversation", "request, used again", "request, unused", "request", "another request")
-    prefixes = {name: ids[n * size : (n + 1) * size] for n, name in enumerate(names)}
+    prefixes = {name: [6 + n] * 64 for n, name in enumerate(names)}  # which tokens does not matter
     kv = {name: explicit.prefill(prefix)[0] for name, prefix in prefixes.items()}
     store = PrefixStore(4 * kv_nbytes(kv["system prompt"]), ttl_s=300, clock=lambda: now)
     store.put(prefixes["system prompt"], kv["system prompt"], pinned=True)
@@ -573,7 +573,7 @@ def tiers(run: Run, explicit: ExplicitEngine, ids: list[int]) -> None:
     for name in ("request, used again", "request, unused"):
         store.put(prefixes[name], kv[name])
     now = 301.0
-    store.get([*prefixes["request, used again"], ids[0]])
+    store.get([*prefixes["request, used again"], 6])
     for name in ("request", "another request"):  # the second one finds no room
         store.put(prefixes[name], kv[name])
     rules = {"system prompt": "pinned", "conversation": f"time to live, {store.ttl_s} s"}

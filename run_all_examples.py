@@ -181,7 +181,7 @@ class Stopped(Exception):
 
 def stop(signum: int, _: object) -> None:
     for other in STOPPING:
-        signal.signal(other, signal.SIG_IGN)  # once is enough: the lesson is being ended
+        signal.signal(other, lambda *_: None)  # once is enough: the lesson is being ended
     raise Stopped(signum)
 
 

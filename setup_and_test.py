@@ -79,7 +79,7 @@ def end_on_signals() -> None:
 
     def stop(signum: int, _: object) -> None:
         for other in STOPPING:
-            signal.signal(other, signal.SIG_IGN)  # once is enough
+            signal.signal(other, lambda *_: None)  # once is enough; Python complains of one that is ignored just now
         print("interrupted: run this again, it goes on where it can", file=sys.stderr, flush=True)
         sys.exit(128 + signum)
 

@@ -109,7 +109,7 @@ def start_child(name: str, port: int, command: list[str], folder: Path, **enviro
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env=os.environ | environment,
+            env=os.environ | environment | {"KV_LESSON": str(folder)},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
@@ -129,8 +129,8 @@ def ending(children: list[Child]) -> Iterator[None]:
         for child in children:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(END_SECONDS)
-        end_marked(os.environ["KV_LESSON"])
         for child in children:
+            end_marked(str(child.log.parent))
             child.process.wait()
 
 
@@ -243,7 +243,7 @@ def make_folder() -> Path:
     subprocess.Popen([sys.executable, "-I", "-S", "-c", watchdog], start_new_session=True, **quiet)
     folder.mkdir()
     # SPT_NOENV: vLLM renames its processes, and must not write the new name over the mark in their environment.
-    os.environ.update(KV_LESSON=str(folder), SPT_NOENV="1", TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1")
+    os.environ.update(SPT_NOENV="1", TMPDIR=str(folder), VLLM_NO_USAGE_STATS="1")
     os.environ.update(VLLM_HOST_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo")  # whatever this host is called
     for name in ("no_proxy", "NO_PROXY"):  # for what asks the servers: this process and the routers
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))

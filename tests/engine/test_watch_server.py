@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -90,13 +89,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     lines: list[str] = []
     reported = {}
     marks = []  # how many lines there were before a layout, and after it
-    with pytest.MonkeyPatch.context() as patch, ending(children):
-        patch.setenv("KV_LESSON", str(folder))  # by it `ending` finds what servers have started
+    with ending(children):
         server = start_server(port, folder, children)
         command = [*tool, "--interval", "1", "--json", str(path), f"{server.url}/v1"]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        unmarked = {name: value for name, value in os.environ.items() if name != "KV_LESSON"}
-        with subprocess.Popen(command, cwd=ROOT, env=unmarked, **pipes) as watcher:
+        with subprocess.Popen(command, cwd=ROOT, **pipes) as watcher:
             try:
                 lines_until(watcher, lines, "since start")
                 for layout in LAYOUTS:

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 from append_only_vs_inplace_edit import price
 from session_consistency import (
@@ -80,6 +81,7 @@ __all__ = [
     "find_model",
     "good_messages",
     "hit_rate",
+    "import_transformers",
     "in_turn",
     "json_path",
     "lesson_parser",
@@ -141,6 +143,15 @@ def engine_parser(doc: str) -> Parser:
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
     return parser
+
+
+def import_transformers() -> ModuleType:
+    """Return the library; LessonError where the environment does not let it be imported."""
+    try:
+        import transformers
+    except (ImportError, OSError, ValueError) as error:
+        raise LessonError(f"cannot import transformers: {telling_line(error)}; is a variable odd?") from error
+    return transformers
 
 
 def render(tokenizer, messages: list[dict], answer: bool = True, **variables: object) -> str:

@@ -46,6 +46,7 @@ from going_further.common import (
     engine_parser,
     find_model,
     good_messages,
+    import_transformers,
     report,
     run_command,
     run_lesson,
@@ -126,6 +127,7 @@ class RadixTree:
     def walk(self, ids: array) -> tuple[Node, int, int]:
         """Return the last node on the way of `ids`, how much of its edge is on it, and how many tokens are in all."""
         node, on_edge, at, now = self.root, 0, 0, next(self.ticks)
+        node.used = now
         while on_edge == len(node.edge) and at < len(ids) and ids[at] in node.children:
             node = node.children[ids[at]]
             node.used = now
@@ -357,9 +359,9 @@ def workloads(args: argparse.Namespace, comparer: Comparer) -> dict[str, Callabl
 
 
 def without_engine(args: argparse.Namespace) -> int:
-    import transformers
     from rich.console import Console
 
+    transformers = import_transformers()
     console, folder = Console(width=80, highlight=False), find_model(args.model or str(HERE / "built_in_model" / "cpu"))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False)

@@ -42,6 +42,7 @@ from going_further.common import (
     common_prefix,
     engine_parser,
     find_model,
+    import_transformers,
     milliseconds,
     price,
     render,
@@ -471,9 +472,9 @@ def analyse(path: Path, comparer: Comparer, limit: int | None, max_tokens: int |
 
 def without_engine(args: argparse.Namespace) -> int:
     """Analyse a log with the cache model alone and print the result; return the exit status."""
-    import transformers
     from rich.console import Console
 
+    transformers = import_transformers()
     console, path = Console(width=80, highlight=False), Path(args.file)
     folder = find_model(args.model or str(HERE / "built_in_model" / "cpu"))
     try:

@@ -77,6 +77,13 @@ def test_an_environment_that_the_client_cannot_use_is_one_line(variable: dict[st
     assert "secret" not in done.stderr
 
 
+@pytest.mark.parametrize("options", [[], ["--model", "somebody/a-model"]], ids=str)
+def test_an_address_of_the_hub_that_is_none_is_one_line(options: list[str], tmp_path: Path) -> None:
+    done = run([*replay(tmp_path), *options], stdout=subprocess.PIPE, env=os.environ | {"HF_ENDPOINT": "http://[::1"})
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "Invalid IPv6 URL" in done.stderr
+
+
 @pytest.mark.parametrize("script", ["run_all_examples.py", "setup_and_test.py"])
 def test_a_command_that_was_copied_alone_says_so_in_one_line(script: str, tmp_path: Path) -> None:
     alone = shutil.copy(ROOT / script, tmp_path)

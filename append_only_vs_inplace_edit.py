@@ -255,8 +255,9 @@ async def lesson(run: Run) -> None:
     model.check_length(len(model.encode(good_messages(static, turns[-1]))))  # the longest one, before all are made
     check_template(model, [good_messages(static, n) for n in turns])
     prompts = {}
-    for arm, layout in LAYOUTS.items():
-        prompts[arm] = [model.encode(layout(static, n)) for n in turns]
+    with run.timed(None, "Making prompts..."):
+        for arm, layout in LAYOUTS.items():
+            prompts[arm] = [model.encode(layout(static, n)) for n in turns]
     longest = max(map(len, prompts["bad"] + prompts["good"])) + model.block_size  # --deeper sends a little more
     suffix = model.suffix(prompts["good"])  # what a hit leaves to compute
     length = longest + OUTPUT_TOKENS
@@ -693,9 +694,8 @@ class Model:
             worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )  # fmt: skip
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                self.name, mistral_format=False, trust_remote_code=False
-            )
+            load_tokenizer = transformers.AutoTokenizer.from_pretrained
+            self.tokenizer = load_tokenizer(self.name, mistral_format=False, trust_remote_code=False)
             config = AsyncEngineArgs(**self.engine_args, enforce_eager=True).create_engine_config()
         except BROKEN_FILES as error:
             raise LessonError(f"vLLM cannot use the model in {self.name}: {telling_line(error)}") from error
@@ -773,7 +773,6 @@ class Run:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
-        self.waiting = contextlib.ExitStack()  # what a terminal shows until something else is timed
         self.engines: list[Engine] = []
         self.measurements: list[Measurement] = []  # in the order of time
         self.claims: list[dict] = []
@@ -790,10 +789,8 @@ class Run:
 
                 gc.freeze(), gc.enable()
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            fault = telling_line(error)
-            raise LessonError(
-                f"cannot import vLLM: {fault}; is a library or memory missing, or a variable odd?"
-            ) from error
+            fault = f"cannot import vLLM: {telling_line(error)}"
+            raise LessonError(f"{fault}; is a library or memory missing, or a variable odd?") from error
         self.model = model = Model(args, name)
         if args.prefix_tokens is None:
             args.prefix_tokens = 8000 if model.on_gpu else 4000
@@ -801,13 +798,12 @@ class Run:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * model.block_size} tokens here")
         model.check_length(args.prefix_tokens + OUTPUT_TOKENS)
         command = [re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:]]  # no path of this machine
-        cores = len(os.sched_getaffinity(0))
         script, config = Path(sys.argv[0]).stem, Path(model.name) / "config.json"
         title, *_ = (sys.modules["__main__"].__doc__ or script).splitlines()  # under -OO there is no docstring
         self.environment = {
             "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0], "model": model.label,
-            "device": current_platform.get_device_name() if model.on_gpu else f"CPU ({cores} cores)",
+            "device": current_platform.get_device_name() if model.on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)",
             "weights": "real" if model.has_weights else "random", "dtype": str(model.dtype).removeprefix("torch."),
             "block_size": model.block_size, "prefix_caching_hash_algo": model.hash_algo,
             "prefix_tokens": args.prefix_tokens, "requests": args.requests,
@@ -815,7 +811,6 @@ class Run:
             "command": " ".join(["python", *command]),
             "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.exists() else None,
         }  # fmt: skip
-        self.waiting.enter_context(self.spinner("Making prompts..."))
         self.result = {
             "schema": 1, "lesson": script, "title": title, "environment": self.environment,
             "seconds": self.seconds, "measurements": self.measurements, "claims": self.claims,
@@ -827,24 +822,19 @@ class Run:
     def claim(self, claim: str, holds: bool, evidence: str) -> None:
         self.claims.append({"claim": claim, "holds": holds, "evidence": evidence})
 
-    def spinner(self, label: str) -> contextlib.AbstractContextManager:
-        """Return what shows the label on a terminal, and counts the seconds, while one is inside."""
+    @contextlib.contextmanager
+    def timed(self, what: str | None, label: str = "") -> Iterator[None]:
+        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
         from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-        columns, hidden = (SpinnerColumn(), label, TimeElapsedColumn()), not (label and self.console.is_terminal)
+        began, hidden = time.perf_counter(), not (label and self.console.is_terminal)
+        columns = SpinnerColumn(), label, TimeElapsedColumn()
         own = dict(redirect_stdout=False, redirect_stderr=False)  # else a forked engine would print here
-        progress = Progress(*columns, console=self.console, transient=True, disable=hidden, **own)
-        progress.add_task(label)
-        return progress
-
-    @contextlib.contextmanager
-    def timed(self, what: str, label: str = "") -> Iterator[None]:
-        """Add the seconds that pass inside to `seconds[what]`; a terminal shows the label and counts along."""
-        self.waiting.close()
-        began = time.perf_counter()
-        with self.spinner(label):
+        with Progress(*columns, console=self.console, transient=True, disable=hidden, **own) as progress:
+            progress.add_task(label)
             yield
-        self.seconds[what] += time.perf_counter() - began
+        if what:
+            self.seconds[what] += time.perf_counter() - began
 
     def start_engine(self, graph_tokens: int, worker: int | None = None, **arguments: object) -> Engine:
         """Start vLLM with these `arguments` of its AsyncEngineArgs beside those of all lessons.
@@ -892,8 +882,7 @@ class Run:
             "vLLM {vllm} on {device}, {model} with {weights} weights, {dtype}\n"
             "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens, "
             "{execution}\nimports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
-        )
-        banner = banner.format_map(self.environment | self.seconds)
+        ).format_map(self.environment | self.seconds)
         self.console.print("\n".join(map(shown, banner.split("\n"))), markup=False)  # names may be long: this may wrap
 
     def print(self, text: str, **options: object) -> None:
@@ -1023,8 +1012,7 @@ def telling_line(error: BaseException) -> str:
     """Return the line of a message that says what is wrong; in pydantic's it is not the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = next((line for line in lines if line.startswith(("Value error", "Input should", "Assertion"))), lines[0])
-    line = line.partition(" [type=")[0]
-    return line if len(line) <= 250 else f"{line[:250]}..."
+    return line.partition(" [type=")[0][:250]
 
 
 def root_cause(error: EngineError, log: str) -> str:
@@ -1149,8 +1137,8 @@ def prepare_process(engines: int) -> Path:
     threads = max(1, cores - 1 if engines == 1 else cores // engines)
     # Without vLLM's multiprocessing of its own the CPU platform, too, lets the model run in the engine's process.
     os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_ENABLE_V1_MULTIPROCESSING="0", TMPDIR=str(folder))
-    os.environ.update(VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false")
-    os.environ.update(VLLM_HOST_IP="127.0.0.1", GLOO_SOCKET_IFNAME="lo")  # whatever this host is called
+    os.environ.update(VLLM_NO_USAGE_STATS="1", TOKENIZERS_PARALLELISM="false", VLLM_HOST_IP="127.0.0.1")
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # like VLLM_HOST_IP: whatever this host is called
     tempfile.tempdir = str(folder)
     return folder
 
@@ -1195,7 +1183,6 @@ def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None
             await measure(run)
             return run.finish()
         finally:
-            run.waiting.close()
             for engine in run.engines:
                 run.end_engine(engine)
 

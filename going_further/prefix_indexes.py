@@ -9,7 +9,7 @@
 
 Each gets the same requests in the same order and is asked before it is told. What (c) finds must be what vLLM finds:
 the requests are sent to an engine as well, one at a time. --without-engine leaves that out, for large logs.
-Who keeps which: SGLang (b) (RadixAttention, Zheng et al. 2024, section 3); vLLM (c), and no tree, whatever is told of
+Who keeps which: SGLang (b) (RadixAttention, Zheng et al. 2024); vLLM (c), and no tree, whatever is told of
 it (its design documents, "Automatic Prefix Caching"). (a) is what an application can keep by itself, above any engine.
 
 Time is linear in tokens, and memory is bounded: every index forgets what was not used for longest.

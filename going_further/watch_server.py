@@ -20,7 +20,7 @@ the interval between them, for all engines of a server together:
 "-" is not zero: there was nothing to divide by. The first line of a server, and
 the first after a restart (a counter went back, or its process is another one),
 show all since its start. Who does not answer is watched on. Names of metrics
-are those of vLLM 0.26 to 0.32; nothing but /metrics is asked for, without a
+are those of vLLM 0.32; nothing but /metrics is asked for, without a
 proxy. The exit status is 1 where a server did not answer at the last look.
 """
 

@@ -973,7 +973,7 @@ class Model:
     """What is known of a model, and of the machine, before an engine is started. Nothing of it changes."""
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
-        import transformers
+        from transformers import AutoTokenizer
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
 
@@ -996,8 +996,7 @@ class Model:
             worker_extension_cls=f"{__name__}.{WorkerExtension.__name__}",
         )  # fmt: skip
         try:
-            load_tokenizer = transformers.AutoTokenizer.from_pretrained
-            self.tokenizer = load_tokenizer(self.name, mistral_format=False, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.name, mistral_format=False, trust_remote_code=False)
             config = AsyncEngineArgs(**self.engine_args, enforce_eager=True).create_engine_config()
         except BROKEN_FILES as error:
             raise LessonError(f"vLLM cannot use the model in {self.name}: {telling_line(error)}") from error
@@ -1090,9 +1089,8 @@ class Run:
                 from vllm.platforms import current_platform
 
                 gc.freeze(), gc.enable()
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            fault = f"cannot import vLLM: {telling_line(error)}"
-            raise LessonError(f"{fault}; is a library or memory missing, or a variable odd?") from error
+        except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+            raise LessonError(f"cannot import vLLM: {telling_line(error)}; is a library or memory missing?") from error
         self.model = model = Model(args, name)
         if args.prefix_tokens is None:
             args.prefix_tokens = 8000 if model.on_gpu else 4000
@@ -1100,12 +1098,13 @@ class Run:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * model.block_size} tokens here")
         model.check_length(args.prefix_tokens + OUTPUT_TOKENS)
         command = [re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:]]  # no path of this machine
+        cpu = f"CPU ({len(os.sched_getaffinity(0))} cores)"
         script, config = Path(sys.argv[0]).stem, Path(model.name) / "config.json"
         title, *_ = (sys.modules["__main__"].__doc__ or script).splitlines()  # under -OO there is no docstring
         self.environment = {
             "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0], "model": model.label,
-            "device": current_platform.get_device_name() if model.on_gpu else f"CPU ({len(os.sched_getaffinity(0))} cores)",
+            "device": current_platform.get_device_name() if model.on_gpu else cpu,
             "weights": "real" if model.has_weights else "random", "dtype": str(model.dtype).removeprefix("torch."),
             "block_size": model.block_size, "prefix_caching_hash_algo": model.hash_algo,
             "prefix_tokens": args.prefix_tokens, "requests": args.requests,
@@ -1158,7 +1157,7 @@ class Run:
                 os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # what is imported here need not be once more
                 vllm_engine = AsyncLLMEngine.from_vllm_config(config, stat_loggers=[lambda *_: counters])
                 break
-            except (OSError, RuntimeError, ValueError) as error:
+            except (MemoryError, OSError, RuntimeError, ValueError) as error:
                 if way is eager:
                     raise EngineError("vLLM did not start") from error
         engine = Engine(vllm_engine, counters, self.measurements, worker)
@@ -1417,9 +1416,9 @@ def prepare_process(engines: int) -> Path:
 
     Folders of runs that were killed are removed. A process of this one's making ends with it.
     """
-    base = tempfile.gettempdir()
-    if len(base) > 50:  # a socket's path is no longer than 107 bytes, and vLLM adds 37 to the folder's
-        base = "/tmp"
+    base = (
+        tempfile.gettempdir() if len(tempfile.gettempdir()) <= 50 else "/tmp"
+    )  # a socket's path has 107 bytes at most
     for left in Path(base).glob("kv-lesson-*/"):
         with contextlib.suppress(OSError):  # another user's, in use, or gone by now
             descriptor = os.open(left, os.O_RDONLY)
@@ -1489,15 +1488,12 @@ def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None
                 run.end_engine(engine)
 
     try:
-        status = asyncio.run(measure_and_finish(Run(args, out)))
+        told, status = "", asyncio.run(measure_and_finish(Run(args, out)))
         out.flush()
-        told = ""
     except OSError as error:
         if error.errno not in NOWHERE_TO_WRITE:
             raise
         told, status = f"cannot write: {error.strerror}", 1
-    except MemoryError:
-        told, status = "there is too little memory: close something, or choose a smaller --model or --prefix-tokens", 1
     except LessonError as error:
         told, status = str(error), error.status
         if isinstance(error, EngineError):

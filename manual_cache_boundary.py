@@ -1129,9 +1129,9 @@ class Run:
         from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
         began, hidden = time.perf_counter(), not (label and self.console.is_terminal)
+        hide = dict(disable=hidden, redirect_stdout=False, redirect_stderr=False)  # else a forked engine prints here
         columns = SpinnerColumn(), label, TimeElapsedColumn()
-        own = dict(redirect_stdout=False, redirect_stderr=False)  # else a forked engine would print here
-        with Progress(*columns, console=self.console, transient=True, disable=hidden, **own) as progress:
+        with Progress(*columns, console=self.console, transient=True, **hide) as progress:
             progress.add_task(label)
             yield
         if what:
@@ -1255,8 +1255,7 @@ def milliseconds(value: float) -> str:
 
 
 def ttft_range(measured: list[Measurement]) -> str:
-    low, high = min(m.ttft_ms for m in measured), max(m.ttft_ms for m in measured)
-    return f"{low:,.1f} - {high:,.1f} ms" if high < 1000 else f"{low:,.0f} - {high:,.0f} ms"
+    return " - ".join(milliseconds(end(m.ttft_ms for m in measured)) for end in (min, max))
 
 
 def built_in_model(gpu_memory: int) -> str:
@@ -1416,9 +1415,8 @@ def prepare_process(engines: int) -> Path:
 
     Folders of runs that were killed are removed. A process of this one's making ends with it.
     """
-    base = (
-        tempfile.gettempdir() if len(tempfile.gettempdir()) <= 50 else "/tmp"
-    )  # a socket's path has 107 bytes at most
+    base = tempfile.gettempdir()
+    base = base if len(base) <= 50 else "/tmp"  # a socket's path has 107 bytes at most, and vLLM adds 37
     for left in Path(base).glob("kv-lesson-*/"):
         with contextlib.suppress(OSError):  # another user's, in use, or gone by now
             descriptor = os.open(left, os.O_RDONLY)
@@ -1462,7 +1460,7 @@ def run_lesson(args: argparse.Namespace, measure: Callable[[Run], Awaitable[None
             shutil.rmtree(folder, ignore_errors=True)
 
     def stop(signum: int, _: object) -> None:
-        signal.signal(signum, signal.SIG_IGN)  # once is enough
+        signal.signal(signum, lambda *_: None)  # once is enough
         if os.getpid() == pid:  # an engine that is just being made has this handler, too
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(err.fileno(), b"\x1b[?25h\ninterrupted\n" if err.isatty() else b"interrupted\n")

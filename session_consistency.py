@@ -281,13 +281,13 @@ def pair_ratios(bad: list[Measurement], good: list[Measurement]) -> list[float]:
     return [m.ttft_ms / good_ttft[m.session, m.request] for m in bad]
 
 
-def pair_verdict(ratios: list[float], sign_test: bool) -> str:
-    """Say how many requests were faster with affinity, and by how much.
+def pair_verdict(ratios: list[float], sign_test: bool, cause: str = "affinity") -> str:
+    """Say how many requests were faster with affinity, or another `cause`, and by how much.
 
     p is how probable so uneven a count would be if both arms were equally fast.
     """
     faster, count = sum(ratio > 1 for ratio in ratios), len(ratios)
-    verdict = f"TTFT of the same request: {faster} of {count} faster with affinity"
+    verdict = f"TTFT of the same request: {faster} of {count} faster with {cause}"
     if 2 * faster <= count:
         return f"{verdict}: no speed-up is shown."
     tail = sum(math.comb(count, n) for n in range(faster, count + 1)) / 2**count
@@ -307,30 +307,37 @@ def per_worker(arm: list[Measurement], workers: int, value: Callable[[Measuremen
     return " ".join(f"{n:,}" for n in sums) if workers < 4 else f"{min(sums):,} to {max(sums):,}"
 
 
-async def lesson(run: Run) -> None:
-    """Make the traffic, start vLLM several times, and send it in both ways."""
+def make_traffic(run: Run) -> Traffic:
+    """Make the sessions' prompts and their order; LessonError where they do not fit, or would show nothing."""
     model, args, dice = run.model, run.args, random.Random(run.args.seed)
-    lengths, contexts, prompts = {}, {}, {}
+    lengths, prompts = {}, {}
     check_size(model, args)
     for n in range(args.sessions):
         lengths[f"session-{n:02}"] = dice.randint(max(2, args.requests - 2), args.requests)
     with run.timed(None, "Making prompts..."):
         for name, turns in lengths.items():
-            contexts[name] = report(name, args.prefix_tokens, model.count)
-            prompts[name] = [model.encode(conversation(contexts[name], turn)) for turn in range(turns)]
+            context = report(name, args.prefix_tokens, model.count)
+            prompts[name] = [model.encode(conversation(context, turn)) for turn in range(turns)]
     traffic = Traffic(prompts, schedule(lengths, args.seed))
-    check_template(model, [conversation(contexts["session-00"], turn) for turn in range(args.requests)])
+    context = report("session-00", args.prefix_tokens, model.count)
+    check_template(model, [conversation(context, turn) for turn in range(args.requests)])
     if not changes_workers(traffic, args.workers):
         accident = f"with --seed {args.seed} round robin takes each session to one worker only, by accident"
         raise UsageError(f"{accident}: choose another --seed, or more --sessions")
-    hot = []
+    run.environment |= {"workers": args.workers, "sessions": args.sessions, "seed": args.seed}
+    return traffic
+
+
+async def lesson(run: Run) -> None:
+    """Make the traffic, start vLLM several times, and send it in both ways."""
+    model, args, traffic, hot = run.model, run.args, make_traffic(run), []
     if args.deeper:
         context = report("hot", args.prefix_tokens, model.count)
-        hot = [model.encode(conversation(context, turn)) for turn in range(sum(lengths.values()))]
-    longest = max(map(len, itertools.chain(hot, *prompts.values())))
-    suffix = max(model.suffix(its_prompts) for its_prompts in prompts.values())
+        requests = sum(map(len, traffic.prompts.values()))
+        hot = [model.encode(conversation(context, turn)) for turn in range(requests)]
+    longest = max(map(len, itertools.chain(hot, *traffic.prompts.values())))
+    suffix = max(map(model.suffix, traffic.prompts.values()))
     length = longest + OUTPUT_TOKENS
-    run.environment |= {"workers": args.workers, "sessions": args.sessions, "seed": args.seed}
 
     # Each worker is an AsyncLLMEngine with these of vLLM's arguments. `ask` predicts what its cache will find, sends
     # token ids with SamplingParams(max_tokens=1), times the first token, and reads what was found: num_cached_tokens.
@@ -363,14 +370,17 @@ def check_template(model: Model, turns: list[list[dict]]) -> None:
             )
 
 
+def sessions_parser(doc: str) -> argparse.ArgumentParser:
+    parser = lesson_parser(doc, requests=5)
+    add = parser.add_argument
+    add("--workers", type=at_least(2), default=2, help="vLLM engines (default: 2)")
+    add("--sessions", type=at_least(2, 1000), default=6, help="conversations at the same time (default: 6)")
+    add("--seed", type=at_least(0), default=0, help="of arrival order and session lengths (default: 0)")
+    return parser
+
+
 def main() -> int:
-    parser = lesson_parser(__doc__, requests=5)
-    parser.add_argument("--workers", type=at_least(2), default=2, help="vLLM engines (default: 2)")
-    parser.add_argument(
-        "--sessions", type=at_least(2, 1000), default=6, help="conversations at the same time (default: 6)"
-    )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of arrival order and session lengths (default: 0)")
-    return run_lesson(parse(parser), lesson)
+    return run_lesson(parse(sessions_parser(__doc__)), lesson)
 
 
 # --- the lesson, --deeper: further experiments ---

@@ -11,6 +11,7 @@ import dataclasses
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -25,12 +26,16 @@ from session_consistency import (
     OUTPUT_TOKENS,
     QUESTIONS,
     WEIGHT_FILES,
+    Affinity,
+    CacheCounters,
     CacheModel,
     Engine,
     EngineError,
     LessonError,
     Measurement,
+    RoundRobin,
     Run,
+    Traffic,
     UsageError,
     at_least,
     common_prefix,
@@ -40,14 +45,23 @@ from session_consistency import (
     in_turn,
     json_path,
     lesson_parser,
+    make_traffic,
+    median_ms,
     milliseconds,
     p90,
+    pair_ratios,
+    pair_verdict,
     parse,
+    per_worker,
+    prime,
     report,
     root_cause,
     run_lesson,
     schedule,
+    send,
+    sessions_parser,
     shown,
+    start_workers,
     telling_line,
     time_verdict,
     use_python_with_vllm,
@@ -64,6 +78,8 @@ __all__ = [
     "OUTPUT_TOKENS",
     "QUESTIONS",
     "WEIGHT_FILES",
+    "Affinity",
+    "CacheCounters",
     "CacheModel",
     "Claim",
     "Engine",
@@ -71,7 +87,9 @@ __all__ = [
     "LessonError",
     "Measurement",
     "Parser",
+    "RoundRobin",
     "Run",
+    "Traffic",
     "UsageError",
     "at_least",
     "clock",
@@ -79,23 +97,33 @@ __all__ = [
     "conversation",
     "engine_parser",
     "find_model",
+    "free_ports",
     "good_messages",
     "hit_rate",
     "import_transformers",
     "in_turn",
     "json_path",
     "lesson_parser",
+    "make_traffic",
+    "median_ms",
     "milliseconds",
     "p90",
+    "pair_ratios",
+    "pair_verdict",
     "parse",
+    "per_worker",
     "price",
+    "prime",
     "render",
     "report",
     "root_cause",
     "run_command",
     "run_lesson",
     "schedule",
+    "send",
+    "sessions_parser",
     "shown",
+    "start_workers",
     "stop",
     "system_prompt",
     "telling_line",
@@ -165,6 +193,18 @@ def render(tokenizer, messages: list[dict], answer: bool = True, **variables: ob
         return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False, **variables)
     except (TemplateError, OverflowError, TypeError, ValueError) as error:
         raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
+
+
+def free_ports(count: int) -> list[int]:
+    """Return loopback ports that are free now."""
+    ports = []
+    with contextlib.ExitStack() as held:  # until all are found: else the same one could be found twice
+        for _ in range(count):
+            listener = held.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            _, port = listener.getsockname()
+            ports.append(port)
+    return ports
 
 
 def stop(signum: int, _: object) -> None:

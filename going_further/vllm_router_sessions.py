@@ -36,7 +36,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -58,6 +57,7 @@ from going_further.common import (
     UsageError,
     at_least,
     find_model,
+    free_ports,
     root_cause,
     run_command,
     time_verdict,
@@ -132,18 +132,6 @@ def ending(children: list[Child]) -> Iterator[None]:
         for child in children:
             end_marked(str(child.log.parent))
             child.process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Return loopback ports that are free now."""
-    ports = []
-    with contextlib.ExitStack() as held:  # until all are found: else the same one could be found twice
-        for _ in range(count):
-            listener = held.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            _, port = listener.getsockname()
-            ports.append(port)
-    return ports
 
 
 def child_failed(child: Child, what: str) -> EngineError:

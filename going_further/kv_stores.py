@@ -23,6 +23,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -199,18 +200,16 @@ class MooncakeStore:
         process, began = start_process(name, command), time.monotonic()
         while True:
             with contextlib.suppress(OSError):
-                if self.metric(metric) >= least:
+                if self.metrics()[metric] >= least:
                     return process
             check_alive(name, process, began)
             time.sleep(0.05)
 
-    def metric(self, name: str) -> float:
-        """Return one of the master's own numbers; OSError while it does not answer."""
+    def metrics(self) -> Counter:
+        """Return the master's own numbers; OSError while it does not answer."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
-            value = re.search(rf"^{name} (\S+)$", answer.read().decode(), re.MULTILINE)
-        if value is None:
-            raise OSError(f"{name} is not among its metrics")
-        return float(value[1])
+            found = re.findall(r"^(\w+) (\d+)$", answer.read().decode(), re.MULTILINE)
+        return Counter({name: int(value) for name, value in found})
 
     def transfer_config(self) -> dict:
         """Return vLLM's KVTransferConfig; the rest is in the file under MOONCAKE_CONFIG_PATH."""
@@ -222,7 +221,11 @@ class MooncakeStore:
         }
 
     async def blocks(self) -> int:
-        return int(self.metric("master_key_count"))
+        """Return how many blocks it has all of: a key is there before its value is."""
+        count, put = self.metrics(), "master_batch_put_"
+        begun = count[f"{put}start_items_total"] - count[f"{put}start_failed_items_total"]
+        ended = count[f"{put}end_items_total"] + count[f"{put}revoke_items_total"]
+        return count["master_key_count"] - (begun - ended)
 
     async def empty(self, engine: Engine) -> None:
         """Remove all blocks, which vLLM's connector does with a worker's own."""

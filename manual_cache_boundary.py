@@ -981,7 +981,7 @@ class Model:
             raise LessonError("this vLLM was built for a GPU that does not answer: run `python3 setup_and_test.py`")
         self.on_gpu: bool = not current_platform.is_cpu()
         self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # bytes, of one GPU
-        self.name = name if args.model else built_in_model(self.gpu_memory // args.workers)
+        self.name = name if args.model else built_in_model(self.gpu_memory // (args.workers * args.fleets))
         folder = Path(self.name)
         is_folder = args.model is None or Path(args.model).is_dir()
         self.label = f"{folder.parent.name}/{folder.name}" if is_folder else args.model
@@ -1359,7 +1359,7 @@ def at_least(minimum: int, most: int = 10**18) -> Callable[[str], int]:
 def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     """Return the command line that all lessons share; `requests` is this lesson's default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(workers=1)  # engines at the same time
+    parser.set_defaults(workers=1, fleets=1)  # engines at the same time; `fleets` of so many workers
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
     add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")

@@ -548,7 +548,8 @@ def check_size(model: Model, args: argparse.Namespace) -> None:
     longest = len(model.encode(conversation(report("session-00", args.prefix_tokens, model.count), args.requests - 1)))
     model.check_length(longest)
     gpus, _ = worker_places(model.on_gpu, args.workers)
-    check_memory(model, model.kv_bytes(2 * args.sessions, longest), sharing=1 if gpus else args.workers)
+    sharing = args.fleets * (1 if gpus else args.workers)
+    check_memory(model, model.kv_bytes(2 * args.sessions, longest), sharing)
 
 
 def worker_places(on_gpu: bool, count: int) -> tuple[list[str], list[list[int]]]:
@@ -834,7 +835,7 @@ class Model:
             raise LessonError("this vLLM was built for a GPU that does not answer: run `python3 setup_and_test.py`")
         self.on_gpu: bool = not current_platform.is_cpu()
         self.gpu_memory: int = current_platform.get_device_total_memory() if self.on_gpu else 0  # bytes, of one GPU
-        self.name = name if args.model else built_in_model(self.gpu_memory // args.workers)
+        self.name = name if args.model else built_in_model(self.gpu_memory // (args.workers * args.fleets))
         folder = Path(self.name)
         is_folder = args.model is None or Path(args.model).is_dir()
         self.label = f"{folder.parent.name}/{folder.name}" if is_folder else args.model
@@ -1212,7 +1213,7 @@ def at_least(minimum: int, most: int = 10**18) -> Callable[[str], int]:
 def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     """Return the command line that all lessons share; `requests` is this lesson's default."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(workers=1)  # engines at the same time
+    parser.set_defaults(workers=1, fleets=1)  # engines at the same time; `fleets` of so many workers
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
     add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")

@@ -75,6 +75,7 @@ __all__ = [
     "BROKEN_FILES",
     "HERE",
     "INSTRUCTIONS",
+    "NOWHERE_TO_WRITE",
     "OUTPUT_TOKENS",
     "QUESTIONS",
     "WEIGHT_FILES",
@@ -163,7 +164,7 @@ def engine_parser(doc: str) -> Parser:
     """Return the command line of a tool that starts one engine and brings prompts of its own."""
     parser = Parser(doc)
     # What lessons have options for: the prompts' length is their own, and so is their number.
-    parser.set_defaults(workers=1, prefix_tokens=0, requests=None, deeper=False, check_options=False)
+    parser.set_defaults(workers=1, fleets=1, prefix_tokens=0, requests=None, deeper=False, check_options=False)
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")

@@ -72,11 +72,15 @@ class RedisStore:
             import valkey
         except ImportError as error:
             raise LessonError(f"the store's client is not installed: run `{INSTALL}`") from error
-        self.errors = valkey.exceptions.ValkeyError
+        self.errors = (valkey.exceptions.ValkeyError,)
         self.is_own, self.process = url is None, None
         self.socket = Path(tempfile.gettempdir()) / "store.sock"
         self.url, self.namespace = url or f"unix://{self.socket}", f"kv-lesson-{uuid.uuid4().hex[:8]}"
-        self.client: Valkey = valkey.Valkey.from_url(self.url, password=os.environ.get("REDIS_PASSWORD"))
+        try:
+            password, limits = os.environ.get("REDIS_PASSWORD"), {"socket_timeout": 5, "socket_connect_timeout": 5}
+            self.client: Valkey = valkey.Valkey.from_url(self.url, password=password, **limits)
+        except (TypeError, ValueError) as error:
+            raise LessonError(f"{self.url} is no address of a store: {telling_line(error)}") from error
         self.start()
 
     def start(self) -> None:
@@ -117,7 +121,7 @@ class RedisStore:
     def stored_keys(self) -> list[bytes]:
         return list(self.client.scan_iter(f"{self.namespace}:*", count=1000))
 
-    def block_keys(self, engine: Engine, ids: list[int], salt: str) -> list[str]:
+    def block_keys(self, vllm_config, ids: list[int], salt: str | None) -> list[str]:
         """Return the key of every whole block of a prompt, as vLLM hashes a request's blocks."""
         from vllm import SamplingParams
         from vllm.utils.hashing import get_hash_fn_by_name
@@ -126,12 +130,12 @@ class RedisStore:
 
         from going_further.redis_connector import key_prefix
 
-        config = engine.vllm_engine.vllm_config
-        sha256 = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+        cache = vllm_config.cache_config
+        sha256 = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
         init_none_hash(sha256)
-        hasher = get_request_block_hasher(engine.block_size, sha256)
+        hasher = get_request_block_hasher(cache.block_size, sha256)
         request = Request("keys", ids, SamplingParams(), None, cache_salt=salt, block_hasher=hasher)
-        prefix = key_prefix(config, self.namespace)
+        prefix = key_prefix(vllm_config, self.namespace)
         return [prefix + block_hash.hex() for block_hash in request.block_hashes]
 
     def reverse_values(self, keys: list[str], itemsize: int) -> None:
@@ -151,17 +155,19 @@ class RedisStore:
 
     def stop(self) -> None:
         """End the server, or leave nothing in one that is another's."""
-        if self.process is None:
+        if self.process:
+            self.process.kill(), self.process.wait()
+            return
+        with contextlib.suppress(*self.errors):  # it is gone, then; or what is left goes by its time to live
             for key in self.stored_keys():
                 self.client.unlink(key)
-        else:
-            self.process.kill(), self.process.wait()
 
 
 class MooncakeStore:
     """Mooncake Store: a master that knows where blocks are, and a process that holds them, over TCP."""
 
     label = "Mooncake Store"
+    errors = (OSError,)  # what its master's address raises
 
     def __init__(self, pool_bytes: int) -> None:
         programs = [Path(sys.executable).with_name(f"mooncake_{part}") for part in ("master", "client")]

@@ -191,15 +191,19 @@ class RedisConnector(KVConnectorBase_V1):
         except ValkeyError as error:
             logger.warning("%d blocks are computed: %s", len(load), error)
             values = [None] * len(load)
-        moved = 0
+        moved, unusable = 0, []
         for block, value in zip(load, values, strict=True):
             if value is None or len(value) != sum(self.sizes):
                 self.failed.add(block)
+                unusable += [load[block]] if value is not None else []
                 continue
             parts = torch.frombuffer(bytearray(value), dtype=torch.uint8).split(self.sizes)
             for layer, part in zip(self.layers, parts, strict=True):
                 layer[block].copy_(part.view(layer.dtype).view(layer[block].shape))
             moved += len(value)
+        if unusable:
+            logger.warning("%d blocks in the store have another size: they are removed", len(unusable))
+            self.store.unlink(*unusable)
         self.stats.record("load_get", moved, began)
 
     def wait_for_save(self) -> None:

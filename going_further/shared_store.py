@@ -38,11 +38,13 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from going_further.common import (
+    NOWHERE_TO_WRITE,
     OUTPUT_TOKENS,
     Affinity,
     CacheCounters,
     CacheModel,
     Engine,
+    LessonError,
     Measurement,
     RoundRobin,
     Run,
@@ -63,6 +65,7 @@ from going_further.common import (
     send,
     sessions_parser,
     start_workers,
+    telling_line,
     use_python_with_vllm,
 )
 from going_further.kv_stores import MooncakeStore, RedisStore, leave_the_network
@@ -178,6 +181,10 @@ class Fleet:
         self.alone: list[Engine] = []
         self.sharing: list[StoreEngine] = []
         self.stored: set[int] = set()  # blocks, as the cache model counts them
+
+    @property
+    def vllm_config(self):
+        return self.sharing[0].vllm_engine.vllm_config
 
     def workers(self, arm: str) -> list[Engine]:
         return self.sharing if arm == STORE else self.alone
@@ -343,7 +350,7 @@ async def controls(fleet: Fleet) -> None:
     answers["found in its own cache"] = await answer(fleet, 0, ids, "own")
     answers["loaded by worker 1"] = await answer(fleet, 1, ids, "loaded")
     if isinstance(store, RedisStore):
-        keys = store.block_keys(fleet.sharing[0], ids, SALT)
+        keys = store.block_keys(fleet.vllm_config, ids, SALT)
         same = sorted(keys) == sorted(key.decode() for key in store.stored_keys())
         evidence = f"{len(keys)} keys, the first ends in ...{keys[0][-12:]}"
         run.claim("the keys are vLLM's own hashes over block and past", same, evidence)
@@ -353,16 +360,14 @@ async def controls(fleet: Fleet) -> None:
     await fleet.empty()
     answers["asked of an empty store"] = await answer(fleet, 1, ids, "empty")
 
-    run.print(
-        f"\n[bold]{'One prompt, its likeliest tokens':<34}{'cached / prompt':>16}{'TTFT':>10}{'in common':>11}", end=""
-    )
-    run.print("[bold]  log prob.")
+    columns = f"{'cached / prompt':>17}{'TTFT':>11}{'in common':>11}{'log prob.':>11}"
+    run.print(f"\n[bold]{'One prompt, its next token':<30}{columns}")
     computed = answers["computed by worker 0"]
     for label, this in answers.items():
         m, (common, apart) = this.measurement, compare(computed, this)
         counts = f"{m.cached_tokens:,} / {m.prompt_tokens:,}"
-        row = f"{label:<34}{counts:>16}{milliseconds(m.ttft_ms):>10}{f'{common} of {LOGPROBS}':>11}"
-        run.print(f"{row}{f'+-{apart:.2f}' if common else '-':>9}")
+        row = f"{label:<30}{counts:>17}{milliseconds(m.ttft_ms):>11}{f'{common} of {LOGPROBS}':>11}"
+        run.print(f"{row}{f'+-{apart:.2f}' if common else '-':>11}")
     own, loaded = answers["found in its own cache"], answers["loaded by worker 1"]
     common, apart = compare(own, loaded)
     evidence = f"{common} of {LOGPROBS} likeliest tokens, log probabilities at most {apart:.3f} apart"
@@ -401,7 +406,7 @@ async def let_go(fleet: Fleet, store: RedisStore) -> None:
 
     await fleet.empty()
     await fleet.ask(0, ids, "let go", "fill")
-    model, keys = fleet.sharing[0].cache_model, store.block_keys(fleet.sharing[0], ids, SALT)
+    model, keys = fleet.sharing[0].cache_model, store.block_keys(fleet.vllm_config, ids, SALT)
     for key in keys[len(keys) // 2 :]:
         store.client.expire(key, 1)
     await asyncio.sleep(1.2)
@@ -429,7 +434,7 @@ async def price(fleet: Fleet) -> None:
     run, size = fleet.run, fleet.run.model.block_size
     ids = fleet.traffic.prompts["session-00"][0]
     await fleet.empty()
-    run.print(f"\n[bold]{'The price':<14}{'loaded':>12}{'computed':>12}{'loaded':>12}{'ratio':>9}")
+    run.print(f"\n[bold]{'The price':<14}{'KV':>12}{'computed':>12}{'loaded':>12}{'ratio':>9}")
     blocks, faster_from = 1, None
     while (blocks * size) < len(ids):
         prompt = ids[: blocks * size + 1]
@@ -448,7 +453,7 @@ async def price(fleet: Fleet) -> None:
             faster_from = len(prompt)
         blocks *= 2
     shortest = f"from {faster_from:,} tokens on" if faster_from else "at none of these lengths"
-    run.print(f"{run.model.kv_bytes_per_token:,} bytes a token; loading was faster than computing {shortest}.")
+    run.print(f"To load was faster than to compute {shortest}.")
 
 
 async def gone_and_back(fleet: Fleet, store: RedisStore) -> None:
@@ -539,22 +544,31 @@ async def measure(run: Run) -> None:
                     await gone_and_back(fleet, store)
                 await lost_worker(fleet)
         claim_counters(fleet)
+    except store.errors as error:
+        if getattr(error, "errno", None) in NOWHERE_TO_WRITE:  # it is this run's output that is gone
+            raise
+        raise LessonError(f"the store does not answer any more: {telling_line(error)}") from error
     finally:
         store.stop()
 
 
 def redis_url(text: str) -> str:
     """Return an address without a password, which would be seen in the list of processes and in what is recorded."""
-    url = urlsplit(text)
-    if url.scheme not in ("redis", "rediss", "unix"):
+    try:
+        url = urlsplit(text)
+        is_address = url.scheme in ("redis", "rediss", "unix") and (url.port or 1) > 0
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise argparse.ArgumentTypeError("an address is redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH")
-    if url.password:
+    if url.password is not None or "password" in url.query:
         raise argparse.ArgumentTypeError("no password in the address: put it into REDIS_PASSWORD")
     return text
 
 
 def main() -> int:
     parser = sessions_parser(__doc__)
+    parser.set_defaults(fleets=2)  # workers without a store, and workers with one
     add = parser.add_argument
     add("--store", choices=("redis", "mooncake"), default="redis", help="which store (default: redis)")
     add("--redis-url", type=redis_url, help="a server that is there; its password: REDIS_PASSWORD")

@@ -12,8 +12,9 @@ from going_further.common import Parser, json_path
 
 ROOT = Path(__file__).parent.parent
 LESSONS = {path.stem for path in ROOT.glob("*.py")}
+IN_VLLM = {"pinning_scheduler", "redis_connector"}  # what vLLM imports, in whatever process it runs
 BEHIND_THE_DOOR = sorted(
-    {path.stem for path in (ROOT / "going_further").glob("*.py")} - {"__init__", "common", "pinning_scheduler"}
+    {path.stem for path in (ROOT / "going_further").glob("*.py")} - {"__init__", "common"} - IN_VLLM
 )
 
 
@@ -27,6 +28,13 @@ def test_a_tool_imports_no_lesson_but_through_common(name: str) -> None:
             imported.update(alias.name for alias in node.names)
     assert "going_further.common" in imported
     assert not imported & LESSONS
+
+
+@pytest.mark.parametrize("name", IN_VLLM)
+def test_what_vllm_imports_stands_alone(name: str) -> None:
+    source = (ROOT / "going_further" / f"{name}.py").read_text(encoding="utf-8")
+    modules = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    assert not [module for module in modules if module in LESSONS or module.startswith("going_further")]
 
 
 @pytest.mark.parametrize("words", [[""], ["--key="], ["--key", ""]])

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.models import write_llama
+from helpers.servers import serving
 
 from going_further.kv_stores import RedisStore
 
@@ -89,6 +90,25 @@ def test_a_server_that_is_there_keeps_what_is_not_ours(tmp_path: Path, monkeypat
         assert "geheim" not in done.stdout + done.stderr + path.read_text()
     finally:
         server.stop()
+
+
+def test_behind_vllms_server_one_finds_what_another_stored(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    store = RedisStore(None)
+    try:
+        connector = ("--kv-transfer-config", json.dumps(store.transfer_config()))
+        question = [{"role": "user", "content": "Where is order 17? " * 30}]
+        found = []
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+            with serving(tmp_path / name, *connector) as client:
+                done = client.chat.completions.create(model="built_in_model/cpu", messages=question, max_tokens=1)
+                details = done.usage.prompt_tokens_details
+                found.append(details.cached_tokens if details else 0)
+        assert found == [0, (done.usage.prompt_tokens - 1) // 32 * 32]
+    finally:
+        store.stop()
 
 
 @pytest.mark.skipif(not has_mooncake(), reason="Mooncake or libibverbs1 is not installed")

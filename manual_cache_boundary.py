@@ -195,7 +195,8 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     evidence = f"{first_good:,} of {static:,} tokens in whole blocks"
     run.claim("split at the marker, the first user finds the static part", first_user_hits, evidence)
     run.print_break("Two bad prompts", *prompts["bad"][:2])
-    run.print(time_verdict(bad, good))
+    run.result["verdict"] = [time_verdict(bad, good)]
+    run.print(*run.result["verdict"])
 
 
 def boundary_of_its_own(run: Run, prompt: str, boundary: int) -> None:
@@ -280,8 +281,15 @@ async def lesson(run: Run) -> None:
             graph_tokens=suffix,  # ours: on a GPU, steps as short as a hit's are replayed as one CUDA graph
         )
     await run.warm_up(longest, suffix)
+    questions = [
+        Question("BAD, request 1, after request 0", "bad", 1, prompts["bad"][0], prompts["bad"][1]),
+        Question("GOOD, request 1, the first user, after request 0", "good", 1, prompts["good"][0], prompts["good"][1]),
+        Question("GOOD, request 0, which primes: nothing was sent before", "good", 0, [], prompts["good"][0]),
+    ]
+    answers = predict_first(run, questions)
     with run.timed("measuring"):
         await pair(run, engine, prompts)
+        tell_score(run, questions, answers)
         boundary_of_its_own(run, prompt, boundary)
         if primed:
             await boundaries_on_vllm(run, engine, primed, prompts["good"][1])
@@ -736,6 +744,84 @@ def print_two_caches(run: Run) -> None:
         run.print(f"{name:<13}{one:<33}{other}")
 
 
+# --- the questions: predict first; the same in all four lessons ---
+
+from typing import NamedTuple
+
+
+class Question(NamedTuple):
+    """How many tokens of `ids` does a request of the main experiment find, when `before` is what was sent before it?"""
+
+    text: str
+    arm: str
+    request: int
+    before: list[int]
+    ids: list[int]
+    session: str | None = None
+
+    def layout(self) -> str:
+        """Tell from the top what is the same as before and what is new, and what of the rest is the same again."""
+        before, now = ("".join(map(chr, ids)) for ids in (self.before, self.ids))  # texts can be searched
+        front = common_prefix(before, now)
+        middle = (front + len(now)) // 2
+        at, again, new = before.find(now[middle : middle + 64]), 0, len(now) - front
+        if at >= 0:
+            back = common_prefix(before[:at][::-1], now[front:middle][::-1])
+            again, new = back + common_prefix(before[at:], now[middle:]), middle - back - front
+        parts = (front, "the same"), (new, "new"), (again, "the same again"), (len(now) - front - new - again, "new")
+        return f"{', '.join(f'{tokens:,} {what}' for tokens, what in parts if tokens)}: {len(now):,} tokens"
+
+
+def read_line() -> str:
+    """Read one line byte by byte: what a pipe holds behind it is for the next question, or the next lesson."""
+    line = b""
+    while len(line) < 80 and (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return line.decode(errors="replace").strip()
+
+
+def predict_first(run: Run, questions: list[Question]) -> list[int | None]:
+    """With --predict let the student say, before anything is measured, what each request finds; None: no answer."""
+    answers: list[int | None] = []
+    if not run.args.predict:
+        return answers
+    run.print(f"[bold]Predict first:[/] how many tokens are found, in blocks of {run.model.block_size}? (Enter skips)")
+    for number, question in enumerate(questions, 1):
+        run.print(f"{number}. {question.text}:\n   {question.layout()}", markup=False)
+        for again in ("", "a whole number, or Enter "):
+            run.print(f"   {again}> ", end="")
+            line = read_line()
+            is_number = line.isascii() and line.isdigit()
+            run.print("" if os.isatty(0) else shown(line), markup=False)  # a terminal shows it by itself
+            if is_number or not line:
+                break
+        answers.append(int(line) if is_number else None)
+    run.print("")
+    return answers
+
+
+def tell_score(run: Run, questions: list[Question], answers: list[int | None]) -> None:
+    """Hold each answer against what was measured, with the reason, and keep all of it for the JSON."""
+    size, told, verdicts = run.model.block_size, [], ["exact", "within one block", "off"]
+    for question, answer in zip(questions, answers, strict=False):
+        of_session = [m for m in run.measured("main", question.arm) if m.session == question.session]
+        [m] = [m for m in of_session if m.request == question.request]
+        same, verdict = common_prefix(question.before, question.ids[:-1]), "skipped"
+        if answer is not None:
+            off = abs(answer - m.cached_tokens)
+            verdict = verdicts[0 if off == 0 else 1 if off <= size else 2]
+        why = f"{same:,} the same from the top, {same // size} whole blocks"
+        row = {"question": question.text, "answer": answer, "measured": m.cached_tokens, "verdict": verdict, "why": why}
+        told.append(row)
+        said = "-" if answer is None else f"{answer:,}"
+        run.print("" if len(told) > 1 else f"\n[bold]{'you said':>10}{'found':>9}\n", end="")
+        run.print(f"{said:>10}{m.cached_tokens:>9,}  {verdict:<18}{why}")
+    if told:
+        counts = [sum(row["verdict"] == verdict for row in told) for verdict in verdicts]
+        run.print("{} exact, {} within one block, {} off".format(*counts))
+        run.result["predictions"] = told
+
+
 # --- the instrument: how it is measured; the same in all four lessons ---
 
 import dataclasses
@@ -945,7 +1031,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Awaitable, Callable
-from io import TextIOWrapper
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -1070,7 +1155,7 @@ class WorkerExtension:
 class Run:
     """One run of a lesson: its model and engines, and all that it prints, claims and writes."""
 
-    def __init__(self, args: argparse.Namespace, terminal: TextIOWrapper) -> None:
+    def __init__(self, args: argparse.Namespace, terminal) -> None:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
@@ -1097,14 +1182,14 @@ class Run:
         if 0 < args.prefix_tokens < 2 * model.block_size:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * model.block_size} tokens here")
         model.check_length(args.prefix_tokens + OUTPUT_TOKENS)
+        cores = len(os.sched_getaffinity(0))
         command = [re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:]]  # no path of this machine
-        cpu = f"CPU ({len(os.sched_getaffinity(0))} cores)"
         script, config = Path(sys.argv[0]).stem, Path(model.name) / "config.json"
         title, *_ = (sys.modules["__main__"].__doc__ or script).splitlines()  # under -OO there is no docstring
         self.environment = {
             "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0], "model": model.label,
-            "device": current_platform.get_device_name() if model.on_gpu else cpu,
+            "device": current_platform.get_device_name() if model.on_gpu else f"CPU ({cores} cores)",
             "weights": "real" if model.has_weights else "random", "dtype": str(model.dtype).removeprefix("torch."),
             "block_size": model.block_size, "prefix_caching_hash_algo": model.hash_algo,
             "prefix_tokens": args.prefix_tokens, "requests": args.requests,
@@ -1130,9 +1215,8 @@ class Run:
 
         began, hidden = time.perf_counter(), not (label and self.console.is_terminal)
         hide = dict(disable=hidden, redirect_stdout=False, redirect_stderr=False)  # else a forked engine prints here
-        columns = SpinnerColumn(), label, TimeElapsedColumn()
-        with Progress(*columns, console=self.console, transient=True, **hide) as progress:
-            progress.add_task(label)
+        with Progress(SpinnerColumn(), label, TimeElapsedColumn(), console=self.console, transient=True, **hide) as bar:
+            bar.add_task(label)
             yield
         if what:
             self.seconds[what] += time.perf_counter() - began
@@ -1221,8 +1305,9 @@ class Run:
         at, blocks = common_prefix(before, after), len(after) // self.model.block_size
         lost = blocks - at // self.model.block_size
         self.print(f"\n{which} first differ at token {at:,} of {len(after):,}: {lost} of {blocks} blocks lost")
-        for ids in (before, after):
-            text = repr(self.model.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
+        texts = [self.model.tokenizer.decode(ids[max(0, at - 24) : at + 6]) for ids in (before, after)]
+        self.result["break"] = dict(token=at, of=len(after), blocks_lost=lost, blocks=blocks, texts=texts)
+        for text in map(repr, texts):
             self.print(f"  {text if len(text) <= 78 else f'...{text[-75:]}'}", markup=False)
 
     def finish(self) -> int:
@@ -1230,8 +1315,8 @@ class Run:
         wrong = [m for m in self.measurements if m.cached_tokens != m.predicted_cached_tokens]
         evidence = f"{len(self.measurements) - len(wrong)} of {len(self.measurements)} requests"
         for m in wrong[:1]:
-            where = f"{m.experiment}, {m.arm}, request {m.request}"
-            evidence += f"; first in {where}: {m.cached_tokens:,} cached, {m.predicted_cached_tokens:,} predicted"
+            evidence += f"; first in {m.experiment}, {m.arm}, request {m.request}: "
+            evidence += f"{m.cached_tokens:,} cached, {m.predicted_cached_tokens:,} predicted"
         self.claim("predicted = measured cached tokens on every request", not wrong, evidence)
         counted = sum(e.counters.hits for e in self.engines), sum(e.counters.queries for e in self.engines)
         summed = sum(e.cached_tokens for e in self.engines), sum(e.prompt_tokens for e in self.engines)
@@ -1368,6 +1453,7 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--deeper", action="store_true", help="add this lesson's further experiments")
+    add("--predict", action="store_true", help="say first how much will be found; your score follows")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
     add("--check-options", action="store_true", help=argparse.SUPPRESS)  # by the runner, which knows none of them

@@ -228,7 +228,8 @@ async def pair(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     run.print(
         f"\nThe same sessions, the same order: {computed_bad:,} tokens computed, with affinity {computed_good:,}."
     )
-    run.print(pair_verdict(pair_ratios(bad, good), sign_test=run.args.deeper))
+    run.result["verdict"] = [pair_verdict(pair_ratios(bad, good), sign_test=run.args.deeper)]
+    run.print(*run.result["verdict"])
 
 
 def print_arms(run: Run, bad: list[Measurement], good: list[Measurement], workers: int) -> None:
@@ -350,11 +351,34 @@ async def lesson(run: Run) -> None:
         graph_tokens=args.sessions * suffix,  # ours: on a GPU, steps this short are replayed as one CUDA graph
     )
     await run.warm_up(longest, suffix)
+    questions = first_move_and_return(traffic, args.workers, model.block_size)
+    answers = predict_first(run, questions)
     with run.timed("measuring"):
         await pair(run, workers, traffic)
+        tell_score(run, questions, answers)
         if args.deeper:
             await hot_session(run, workers, traffic, hot)
             await lost_worker(run, workers, traffic)
+
+
+def first_move_and_return(traffic: Traffic, workers: int, block_size: int) -> list[Question]:
+    """Ask about the first request that round robin takes to a worker that is new to its session, and what follows."""
+    shared = max(shared_prefixes([turns[0] for turns in traffic.prompts.values()], block_size), key=len, default=[])
+    router, visits, questions = RoundRobin(workers), {}, []
+    for turn, arrivals in enumerate(traffic.arrivals):
+        for session in arrivals:
+            worker, ids = router.route(session, []), traffic.prompts[session]
+            last_turn = visits.get((session, worker))  # on this worker
+            if turn and last_turn is None and not questions:
+                new = f"ROUND ROBIN, {session}, turn {turn}, on a worker that is new to it"
+                same = f"AFFINITY, the same request, on the worker of turn {turn - 1}"
+                questions.append(Question(new, "bad", turn, shared, ids[turn], session))
+                questions.append(Question(same, "good", turn, ids[turn - 1], ids[turn], session))
+            elif questions and len(questions) < 3 and last_turn is not None:
+                back = f"ROUND ROBIN, {session}, turn {turn}, where it was in turn {last_turn}"
+                questions.append(Question(back, "bad", turn, ids[last_turn], ids[turn], session))
+            visits[session, worker] = turn
+    return questions
 
 
 def check_template(model: Model, turns: list[list[dict]]) -> None:
@@ -590,6 +614,84 @@ def check_memory(model: Model, kv_bytes: int, sharing: int) -> None:
         raise LessonError(f"{sizes}, {have / 2**30:.1f} GiB are {there}: {advice}")
 
 
+# --- the questions: predict first; the same in all four lessons ---
+
+from typing import NamedTuple
+
+
+class Question(NamedTuple):
+    """How many tokens of `ids` does a request of the main experiment find, when `before` is what was sent before it?"""
+
+    text: str
+    arm: str
+    request: int
+    before: list[int]
+    ids: list[int]
+    session: str | None = None
+
+    def layout(self) -> str:
+        """Tell from the top what is the same as before and what is new, and what of the rest is the same again."""
+        before, now = ("".join(map(chr, ids)) for ids in (self.before, self.ids))  # texts can be searched
+        front = common_prefix(before, now)
+        middle = (front + len(now)) // 2
+        at, again, new = before.find(now[middle : middle + 64]), 0, len(now) - front
+        if at >= 0:
+            back = common_prefix(before[:at][::-1], now[front:middle][::-1])
+            again, new = back + common_prefix(before[at:], now[middle:]), middle - back - front
+        parts = (front, "the same"), (new, "new"), (again, "the same again"), (len(now) - front - new - again, "new")
+        return f"{', '.join(f'{tokens:,} {what}' for tokens, what in parts if tokens)}: {len(now):,} tokens"
+
+
+def read_line() -> str:
+    """Read one line byte by byte: what a pipe holds behind it is for the next question, or the next lesson."""
+    line = b""
+    while len(line) < 80 and (byte := os.read(0, 1)) not in (b"", b"\n"):
+        line += byte
+    return line.decode(errors="replace").strip()
+
+
+def predict_first(run: Run, questions: list[Question]) -> list[int | None]:
+    """With --predict let the student say, before anything is measured, what each request finds; None: no answer."""
+    answers: list[int | None] = []
+    if not run.args.predict:
+        return answers
+    run.print(f"[bold]Predict first:[/] how many tokens are found, in blocks of {run.model.block_size}? (Enter skips)")
+    for number, question in enumerate(questions, 1):
+        run.print(f"{number}. {question.text}:\n   {question.layout()}", markup=False)
+        for again in ("", "a whole number, or Enter "):
+            run.print(f"   {again}> ", end="")
+            line = read_line()
+            is_number = line.isascii() and line.isdigit()
+            run.print("" if os.isatty(0) else shown(line), markup=False)  # a terminal shows it by itself
+            if is_number or not line:
+                break
+        answers.append(int(line) if is_number else None)
+    run.print("")
+    return answers
+
+
+def tell_score(run: Run, questions: list[Question], answers: list[int | None]) -> None:
+    """Hold each answer against what was measured, with the reason, and keep all of it for the JSON."""
+    size, told, verdicts = run.model.block_size, [], ["exact", "within one block", "off"]
+    for question, answer in zip(questions, answers, strict=False):
+        of_session = [m for m in run.measured("main", question.arm) if m.session == question.session]
+        [m] = [m for m in of_session if m.request == question.request]
+        same, verdict = common_prefix(question.before, question.ids[:-1]), "skipped"
+        if answer is not None:
+            off = abs(answer - m.cached_tokens)
+            verdict = verdicts[0 if off == 0 else 1 if off <= size else 2]
+        why = f"{same:,} the same from the top, {same // size} whole blocks"
+        row = {"question": question.text, "answer": answer, "measured": m.cached_tokens, "verdict": verdict, "why": why}
+        told.append(row)
+        said = "-" if answer is None else f"{answer:,}"
+        run.print("" if len(told) > 1 else f"\n[bold]{'you said':>10}{'found':>9}\n", end="")
+        run.print(f"{said:>10}{m.cached_tokens:>9,}  {verdict:<18}{why}")
+    if told:
+        counts = [sum(row["verdict"] == verdict for row in told) for verdict in verdicts]
+        run.print("{} exact, {} within one block, {} off".format(*counts))
+        run.result["predictions"] = told
+
+
 # --- the instrument: how it is measured; the same in all four lessons ---
 
 import dataclasses
@@ -799,7 +901,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Awaitable, Callable
-from io import TextIOWrapper
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -924,7 +1025,7 @@ class WorkerExtension:
 class Run:
     """One run of a lesson: its model and engines, and all that it prints, claims and writes."""
 
-    def __init__(self, args: argparse.Namespace, terminal: TextIOWrapper) -> None:
+    def __init__(self, args: argparse.Namespace, terminal) -> None:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
@@ -951,14 +1052,14 @@ class Run:
         if 0 < args.prefix_tokens < 2 * model.block_size:
             raise UsageError(f"--prefix-tokens must be at least two blocks, {2 * model.block_size} tokens here")
         model.check_length(args.prefix_tokens + OUTPUT_TOKENS)
+        cores = len(os.sched_getaffinity(0))
         command = [re.sub(r"(^|=)/(?:\S*/)?", r"\1", word) for word in sys.orig_argv[1:]]  # no path of this machine
-        cpu = f"CPU ({len(os.sched_getaffinity(0))} cores)"
         script, config = Path(sys.argv[0]).stem, Path(model.name) / "config.json"
         title, *_ = (sys.modules["__main__"].__doc__ or script).splitlines()  # under -OO there is no docstring
         self.environment = {
             "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": sys.version.split()[0], "model": model.label,
-            "device": current_platform.get_device_name() if model.on_gpu else cpu,
+            "device": current_platform.get_device_name() if model.on_gpu else f"CPU ({cores} cores)",
             "weights": "real" if model.has_weights else "random", "dtype": str(model.dtype).removeprefix("torch."),
             "block_size": model.block_size, "prefix_caching_hash_algo": model.hash_algo,
             "prefix_tokens": args.prefix_tokens, "requests": args.requests,
@@ -984,9 +1085,8 @@ class Run:
 
         began, hidden = time.perf_counter(), not (label and self.console.is_terminal)
         hide = dict(disable=hidden, redirect_stdout=False, redirect_stderr=False)  # else a forked engine prints here
-        columns = SpinnerColumn(), label, TimeElapsedColumn()
-        with Progress(*columns, console=self.console, transient=True, **hide) as progress:
-            progress.add_task(label)
+        with Progress(SpinnerColumn(), label, TimeElapsedColumn(), console=self.console, transient=True, **hide) as bar:
+            bar.add_task(label)
             yield
         if what:
             self.seconds[what] += time.perf_counter() - began
@@ -1075,8 +1175,9 @@ class Run:
         at, blocks = common_prefix(before, after), len(after) // self.model.block_size
         lost = blocks - at // self.model.block_size
         self.print(f"\n{which} first differ at token {at:,} of {len(after):,}: {lost} of {blocks} blocks lost")
-        for ids in (before, after):
-            text = repr(self.model.tokenizer.decode(ids[max(0, at - 24) : at + 6]))
+        texts = [self.model.tokenizer.decode(ids[max(0, at - 24) : at + 6]) for ids in (before, after)]
+        self.result["break"] = dict(token=at, of=len(after), blocks_lost=lost, blocks=blocks, texts=texts)
+        for text in map(repr, texts):
             self.print(f"  {text if len(text) <= 78 else f'...{text[-75:]}'}", markup=False)
 
     def finish(self) -> int:
@@ -1084,8 +1185,8 @@ class Run:
         wrong = [m for m in self.measurements if m.cached_tokens != m.predicted_cached_tokens]
         evidence = f"{len(self.measurements) - len(wrong)} of {len(self.measurements)} requests"
         for m in wrong[:1]:
-            where = f"{m.experiment}, {m.arm}, request {m.request}"
-            evidence += f"; first in {where}: {m.cached_tokens:,} cached, {m.predicted_cached_tokens:,} predicted"
+            evidence += f"; first in {m.experiment}, {m.arm}, request {m.request}: "
+            evidence += f"{m.cached_tokens:,} cached, {m.predicted_cached_tokens:,} predicted"
         self.claim("predicted = measured cached tokens on every request", not wrong, evidence)
         counted = sum(e.counters.hits for e in self.engines), sum(e.counters.queries for e in self.engines)
         summed = sum(e.cached_tokens for e in self.engines), sum(e.prompt_tokens for e in self.engines)
@@ -1222,6 +1323,7 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--deeper", action="store_true", help="add this lesson's further experiments")
+    add("--predict", action="store_true", help="say first how much will be found; your score follows")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
     add("--check-options", action="store_true", help=argparse.SUPPRESS)  # by the runner, which knows none of them

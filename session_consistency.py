@@ -680,7 +680,7 @@ def tell_score(run: Run, questions: list[Question], answers: list[int | None]) -
         if answer is not None:
             off = abs(answer - m.cached_tokens)
             verdict = verdicts[0 if off == 0 else 1 if off <= size else 2]
-        why = f"{same:,} the same from the top, {same // size} whole blocks"
+        why = f"{same:,} are the same: {same // size:,} whole blocks"
         row = {"question": question.text, "answer": answer, "measured": m.cached_tokens, "verdict": verdict, "why": why}
         told.append(row)
         said = "-" if answer is None else f"{answer:,}"

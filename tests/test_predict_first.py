@@ -79,14 +79,14 @@ def test_an_answer_is_exact_or_within_a_block_or_off(answer: int | None, verdict
     tell_score(paper, [question([1] * 40, [1] * 50)], [answer])
     [told] = paper.result["predictions"]
     assert (told["answer"], told["measured"], told["verdict"]) == (answer, 32, verdict)
-    assert told["why"] == "40 the same from the top, 2 whole blocks"
+    assert told["why"] == "40 are the same: 2 whole blocks"
 
 
 def test_the_last_token_is_never_found() -> None:
     paper = Paper(cached_tokens=16)
     tell_score(paper, [question([1] * 32, [1] * 32)], [16])
     [told] = paper.result["predictions"]
-    assert told["why"] == "31 the same from the top, 1 whole blocks"
+    assert told["why"] == "31 are the same: 1 whole blocks"
 
 
 def test_without_answers_nothing_is_told() -> None:

@@ -1,4 +1,4 @@
-"""--predict on the real engine: the answers of a pipe, held against what was measured, in each lesson and the runner."""
+"""--predict on the real engine: answers from a pipe, held against what was measured, by lessons and runner."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-# What is not defined here stands below: the instrument (Engine, Measurement, ...), and the plumbing (Run, Model, ...).
+# What is not defined here stands below: questions (predict_first), instrument (Engine, ...), plumbing (Run, Model, ...).
 
 # --- the lesson: an agent's state, written in two ways, sent to vLLM ---
 

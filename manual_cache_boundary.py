@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import DynamicCache
 
-# What is not defined here stands below: the instrument (Engine, Measurement, ...), and the plumbing (Run, Model, ...).
+# What is not defined here stands below: questions (predict_first), instrument (Engine, ...), plumbing (Run, Model, ...).
 
 # --- the lesson: a prompt split at a marker, sent to vLLM; then a store for an engine without prefix caching ---
 

@@ -39,7 +39,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 
-# What is not defined here stands below: the instrument (Engine, Measurement, ...), and the plumbing (Run, Model, ...).
+# What is not defined here stands below: questions (predict_first), instrument (Engine, ...), plumbing (Run, Model, ...).
 
 # --- the lesson: the same sessions sent to several vLLM workers, routed in two ways ---
 

@@ -36,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-# What is not defined here stands below: the instrument (Engine, Measurement, ...), and the plumbing (Run, Model, ...).
+# What is not defined here stands below: questions (predict_first), instrument (Engine, ...), plumbing (Run, Model, ...).
 
 # --- the lesson: two prompt layouts, sent to vLLM ---
 

@@ -4,7 +4,10 @@
     python3 run_all_examples.py 1 3            these, in this order
     python3 run_all_examples.py 4 --workers 4  options that are not listed below go to the lessons
     python3 run_all_examples.py --list         what there is
+    python3 run_all_examples.py --exercise 1   check your answer to an exercise (1 to 5) in exercises/
     python3 run_all_examples.py --show FILE    the summary of a run that was recorded with --json
+    python3 run_all_examples.py --compare A B  two recorded runs side by side
+    python3 run_all_examples.py --report PATH  a page (HTML) about this run; with --show FILE, about a recorded one
 
 Each lesson runs in a process of its own and prints its own tables; one summary follows. Where this Python has no vLLM
 that can run here, an environment is set up first, once, in .venv beside this file.
@@ -19,6 +22,7 @@ import errno
 import fcntl
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -30,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -53,8 +58,8 @@ LESSONS = {
     3: Lesson("manual_cache_boundary", "an explicit boundary, and a store for engines without prefix caching"),
     4: Lesson("session_consistency", "sessions that stay with their worker against round robin"),
 }
-# What a file that is no recorded run can raise. ValueError: no UTF-8, no JSON, no samples; division by zero: no tokens.
-NO_RUN = AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError, ZeroDivisionError
+# What a file that is no recorded run can raise. ValueError: no UTF-8, no JSON, no samples; arithmetic: no tokens.
+NO_RUN = AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError, ArithmeticError
 PRICE_INPUT, PRICE_CACHED = 3.00, 0.30  # an example, in $ per million prompt tokens; lesson 2 takes others
 
 
@@ -121,6 +126,11 @@ def speed_up(bad: Arm, good: Arm, ratios: list[float]) -> str:
     return f"speed-up {bad.median_ms / good.median_ms:.1f}x"
 
 
+def count_verdicts(verdicts: Counter) -> str:
+    """Say how a student's predictions came out; `verdicts` are those of the lessons' JSON."""
+    return ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("exact", "within one block", "off", "skipped"))
+
+
 def summarise(runs: list[LessonRun]) -> list[str]:
     """Return the lines that compare what the lessons measured, two rows a lesson and what they come to.
 
@@ -128,6 +138,7 @@ def summarise(runs: list[LessonRun]) -> list[str]:
     """
     heads = f"{'hit rate':>10}{'TTFT':>11}{'computed':>11}{'cost':>9}"
     lines = [f"[bold]{'without request 0 (it fills the cache)':<39}{heads}"]
+    score = Counter()
     for number, status, seconds, result in runs:
         name = f"{number} {LESSONS[number].name}"
         if result is None:
@@ -143,29 +154,148 @@ def summarise(runs: list[LessonRun]) -> list[str]:
         held = f"{sum(claim['holds'] for claim in result['claims'])} of {len(result['claims'])}"
         changes = f"computed {computed:+.0%}, cost {cost:+.0%}, {speed_up(bad, good, pair_ratios(result))}"
         lines.append(f"  {held} claims hold in {sum(result['seconds'].values()):.0f} s; {changes}")
+        told = result.get("predictions", [])
+        if told:
+            score.update(row["verdict"] for row in told)
+            lines.append(f"  you predicted: {count_verdicts(Counter(row['verdict'] for row in told))}")
+    if score:
+        lines.append(f"your score: {count_verdicts(score)}")
     prices = f"${PRICE_INPUT:.2f} per million tokens, cached ${PRICE_CACHED:.2f}"
     return [*lines, f"TTFT: median; example prices: {prices}"]
 
 
-def print_summary(lines: list[str]) -> None:
+def print_summary(lines: list[str], title: str = "summary", markup: bool = True) -> None:
     from rich.console import Console
 
-    console = Console(width=80, highlight=False)
-    console.rule("summary")
+    console = Console(width=80, highlight=False, emoji=False)
+    console.rule(title)
     for line in lines:
-        console.print(line)
+        console.print(line, markup=markup)
 
 
-def show(path: str) -> int:
-    """Print the summary of a recorded run."""
+def milliseconds(value: float) -> str:
+    """Write a time given in ms with three digits, as the lessons do."""
+    if value >= 1000:
+        return f"{value / 1000:,.2f} s"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
+
+
+def shown(text: str) -> str:
+    """Return a text that is not ours as a terminal may have it: its control characters are seen, and do nothing."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def paired(first: list[LessonRun], second: list[LessonRun]) -> Iterator[tuple[int, dict | None, dict | None]]:
+    """Yield the lessons of two recorded runs; where a run holds one several times, its first is held by the first."""
+    for number in LESSONS:
+        of_first, of_second = ([run.result for run in runs if run.number == number] for runs in (first, second))
+        for a, b in itertools.zip_longest(of_first, of_second):
+            yield number, a, b
+
+
+def environment_differences(a: dict, b: dict) -> Iterator[tuple[str, str]]:
+    """Yield the keys in which two environments differ, each with both values. When a run was started is no matter."""
+    for key in dict.fromkeys([*a, *b]):
+        if key != "started_at" and a.get(key, "-") != b.get(key, "-"):
+            yield shown(key), " | ".join(shown(str(environment.get(key, "-"))) for environment in (a, b))
+
+
+def count_difference(number: int, arm: str, a: dict, b: dict) -> str:
+    """Name the token counts of an arm in which two results differ, nothing where they do not.
+
+    Its sums, without request 0; where these are the same, how many single requests are not.
+    """
+    x, y = read_arm(a, arm), read_arm(b, arm)
+    sums = (x.computed_tokens, y.computed_tokens, "tokens computed"), (x.cached_tokens, y.cached_tokens, "cached")
+    named = [f"{of_a:,} and {of_b:,} {what}" for of_a, of_b, what in sums if of_a != of_b]
+    if not named:
+        of_a, of_b = (
+            Counter(
+                (m["request"], m["session"], m["prompt_tokens"], m["cached_tokens"])
+                for m in result["measurements"]
+                if m["experiment"] == "main" and m["arm"] == arm
+            )
+            for result in (a, b)
+        )
+        if others := max((of_a - of_b).total(), (of_b - of_a).total()):
+            named = [f"the same sums, but {others} of {of_a.total()} requests are not the same"]
+    return f"lesson {number}, {arm}: {', '.join(named)}" if named else ""
+
+
+def compare(first: list[LessonRun], second: list[LessonRun]) -> list[str]:
+    """Return the lines that hold two recorded runs against each other, last what else than times is not the same."""
+    table = [
+        f"{'':<7}{'hit rate':>14}{'TTFT, median':>28}{'tokens computed':>30}",
+        f"{'':<7}{'A':>7}{'B':>7}{'A':>10}{'B':>10}{'B/A':>8}{'A':>11}{'B':>11}{'B/A':>8}",
+    ]
+    alone, counts, environments, compared = [], [], {}, 0
+    for number, a, b in paired(first, second):
+        if a is None or b is None:
+            alone.append(f"{number} {LESSONS[number].name} is only in {'B' if a is None else 'A'}")
+            continue
+        compared += 1
+        table.append(f"{number} {LESSONS[number].name}")
+        for arm in ("bad", "good"):
+            x, y = read_arm(a, arm), read_arm(b, arm)
+            rates = f"{x.hit_rate:>7.1%}{y.hit_rate:>7.1%}"
+            times = f"{milliseconds(x.median_ms):>10}{milliseconds(y.median_ms):>10}{y.median_ms / x.median_ms:>7.2f}x"
+            tokens = f"{x.computed_tokens:>11,}{y.computed_tokens:>11,}{y.computed_tokens / x.computed_tokens:>7.2f}x"
+            table.append(f"  {arm:<5}{rates}{times}{tokens}")
+            counts.append(count_difference(number, arm, a, b))
+        held = [f"{sum(c['holds'] for c in result['claims'])} of {len(result['claims'])}" for result in (a, b)]
+        counts.append(f"lesson {number}: {held[0]} and {held[1]} claims hold" if held[0] != held[1] else "")
+        for difference in environment_differences(a["environment"], b["environment"]):
+            environments.setdefault(difference, []).append(str(number))
+    differing = []
+    for (key, values), where in environments.items():
+        lessons = "" if len(where) == compared else f" (lesson {', '.join(where)})"
+        differing.append(f"  {key}{lessons}: {values}")
+    counts = [f"  {line}" for line in counts if line]
+    return [
+        *table,
+        "request 0, which fills the cache, is left out",
+        *alone,
+        *(["", "Environments differ:", *differing] if differing else ["", "The environments are the same."]),
+        *(["", "Counts differ:", *counts] if counts else ["", "All counts of tokens and claims are the same."]),
+    ]
+
+
+def no_run(file: str, error: Exception) -> int:
+    """Say that a file is no recorded run, and return the exit status for it."""
+    fault = error.strerror if isinstance(error, OSError) else repr(error)
+    print(f"run_all_examples.py: error: {file} is no run recorded with --json: {fault}", file=sys.stderr)
+    return 2
+
+
+def show(file: str, report: Path | None) -> int:
+    """Print the summary of a recorded run; write the page about it where there is a path for one."""
     try:
-        lines = summarise(read_run(Path(path)))
+        runs = read_run(Path(file))
+        lines, page = summarise(runs), make_report(runs) if report else ""
     except NO_RUN as error:
-        fault = error.strerror if isinstance(error, OSError) else repr(error)
-        print(f"run_all_examples.py: error: {path} is no run recorded with --json: {fault}", file=sys.stderr)
-        return 2
+        return no_run(file, error)
     print_summary(lines)
+    return write_or_say(report, page) if report else 0
+
+
+def show_both(files: list[str]) -> int:
+    """Print two recorded runs side by side."""
+    runs = []
+    for file in files:
+        try:
+            runs.append(read_run(Path(file)))
+            compare(runs[-1], runs[-1])  # what one run lacks is said of that one
+        except NO_RUN as error:
+            return no_run(file, error)
+    names = [f"{letter}: {shown(file)}" for letter, file in zip("AB", files, strict=True)]
+    print_summary([*names, "", *compare(*runs)], "comparison", markup=False)
     return 0
+
+
+def make_report(runs: list[LessonRun]) -> str:
+    import report  # brings matplotlib, which nothing else needs
+
+    return report.page(runs)
 
 
 def read_run(path: Path) -> list[LessonRun]:
@@ -219,17 +349,33 @@ def run_lesson(number: int, options: list[str], folder: Path) -> LessonRun:
     return LessonRun(number, status, time.perf_counter() - start, content)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write all of `content` or nothing. OSError where that cannot be."""
+def write_whole(path: Path, text: str) -> None:
+    """Write all of `text` or nothing. OSError where that cannot be."""
     path = path.resolve()  # what a link points to is written, the link stays
     part = path.with_name(f"kv-{os.getpid()}.part")
     try:
         with part.open("x", encoding="utf-8") as file:  # anew: what a link there points to is not written
-            file.write(json.dumps(content, indent=1) + "\n")
+            file.write(text)
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_or_say(path: Path, text: str) -> int:
+    """Write all of `text` or say why not; return the exit status."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        print(f"run_all_examples.py: error: cannot write {path}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def is_same_file(a: str | Path, b: str | Path) -> bool:
+    if os.path.exists(a) and os.path.exists(b):
+        return os.path.samefile(a, b)
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def json_path(name: str) -> Path:
@@ -251,7 +397,14 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[int], list[str]]:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the examples and stop")
-    parser.add_argument("--show", metavar="FILE", help="print the summary of a recorded run and stop")
+    parser.add_argument("--exercise", metavar="N", help="check exercises/exercise_N.py, or a FILE named after it")
+    parser.add_argument(
+        "--show", action="append", default=[], metavar="FILE", help="print the summary of a recorded run and stop"
+    )
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="the same as --show A --show B: side by side")
+    parser.add_argument(
+        "--report", type=json_path, metavar="PATH", help="write a page (HTML) about the run to this file"
+    )
     parser.add_argument("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     parser.add_argument("--append", action="store_true", help="add to the run recorded in --json PATH, not write anew")
     if any(not word or (word.startswith("--") and word.endswith("=")) for word in words):
@@ -259,6 +412,10 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[int], list[str]]:
     if any(re.search(r"[\x00-\x1f\x7f-\x9f]", word) for word in words):
         parser.error("there is a control character among the arguments")
     args, others = parser.parse_known_args(words)
+    if args.exercise:
+        if args.list or args.show or args.compare or args.report or args.append:
+            parser.error("--exercise takes no other option of the runner than --json")
+        return args, [], [args.exercise, *others, *(["--json", str(args.json)] if args.json else [])]
     numbers = []
     while others and not others[0].startswith("-"):
         text = others.pop(0)
@@ -267,6 +424,15 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[int], list[str]]:
         numbers.append(int(text))
     if args.append and not args.json:
         parser.error("--append adds to a recorded run: name it with --json PATH")
+    args.show += args.compare or []
+    if len(args.show) > 2:
+        parser.error("two recorded runs can be compared, not more")
+    if args.report and len(args.show) == 2:
+        parser.error("--report is about one run")
+    given = [*args.show, *([args.json] if args.json else []), *(word.partition("=")[2] or word for word in others)]
+    for name in given if args.report else ():
+        if is_same_file(args.report, name):
+            parser.error(f"--report would overwrite {name}")
     args.recorded = []
     if args.append and args.json.exists():
         try:
@@ -282,21 +448,34 @@ def main() -> int:
         for number, lesson in LESSONS.items():
             print(f"{number}  {lesson.name:<28}{lesson.title}")
         return 0
-    if args.show and importlib.util.find_spec("rich"):
-        return show(args.show)  # reading needs no engine
+    # -P: a folder of that name where the student is does not come before the one here
+    check_exercise = [sys.executable, "-P", "-m", "exercises.check", *options]
+    if args.exercise and sys.version_info >= (3, 11):  # an older one is told so further down
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if status := subprocess.run([*check_exercise, "--check-options"]).returncode:
+            return status
     if not args.show:
         for number in numbers:  # what a lesson does not take is refused before anything is installed or started
             check = [sys.executable, HERE / f"{LESSONS[number].name}.py", *options, "--check-options"]
             if status := subprocess.run(check).returncode:
                 return status
-    if not has_usable_vllm():
+    only_reads = args.show and importlib.util.find_spec("rich")  # that needs no engine
+    if not only_reads and not has_usable_vllm():
         end_on_signals()
         print(f"{sys.executable} has no vLLM that can run here.", flush=True)
         python = prepare()
         if python != Path(sys.executable):
             os.execv(python, [str(python), __file__, *sys.argv[1:]])
+    if args.report and not all(map(importlib.util.find_spec, ("matplotlib", "jinja2"))):
+        install = f"{sys.executable} -m pip install -r requirements-report.txt"
+        print(f"run_all_examples.py: error: --report needs matplotlib and jinja2: {install}", file=sys.stderr)
+        return 1
+    if args.exercise:
+        os.execv(sys.executable, check_exercise)
+    if len(args.show) == 2:
+        return show_both(args.show)
     if args.show:
-        return show(args.show)
+        return show(args.show[0], args.report)
 
     for signum in STOPPING:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # as under nohup
@@ -313,13 +492,12 @@ def main() -> int:
             signal.signal(signum, signal.SIG_IGN)  # what is left takes no time
     if runs:
         print_summary(summarise(runs))
+    everything = args.recorded + runs
     if args.json:
-        try:
-            results = [run.result for run in args.recorded + runs if run.result]
-            write_json(args.json, {"schema": 1, "lessons": results})
-        except OSError as error:
-            print(f"run_all_examples.py: error: cannot write {args.json}: {error.strerror}", file=sys.stderr)
-            status = status or 1
+        content = {"schema": 1, "lessons": [run.result for run in everything if run.result]}
+        status = max(status, write_or_say(args.json, json.dumps(content, indent=1) + "\n"))
+    if args.report and everything:
+        status = max(status, write_or_say(args.report, make_report(everything)))
     return status or int(any(run.status for run in runs))
 
 

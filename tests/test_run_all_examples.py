@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import run_all_examples
-from run_all_examples import LESSONS, Arm, LessonRun, print_summary, read_arm, speed_up, summarise
+from run_all_examples import LESSONS, Arm, LessonRun, milliseconds, print_summary, read_arm, speed_up, summarise
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "results").glob("*.json"))
@@ -213,6 +216,172 @@ def test_the_summary_of_a_recorded_run_fits_80_columns_and_leaves_out_request_0(
         rows = [m for m in result["measurements"] if m["experiment"] == "main" and m["arm"] == "good" and m["request"]]
         assert read_arm(result, "good").cached_tokens == sum(m["cached_tokens"] for m in rows)
         assert result["lesson"] in out
+
+
+def written(tmp_path: Path, name: str, change: Callable[[list[dict]], None] = lambda lessons: None) -> str:
+    """Return the name of a copy of a recorded run whose lessons were changed."""
+    recorded = json.loads((ROOT / "results" / "cpu.json").read_text(encoding="utf-8"))
+    change(recorded["lessons"])
+    (tmp_path / name).write_text(json.dumps(recorded), encoding="utf-8")
+    return str(tmp_path / name)
+
+
+def rows_of(result: dict, arm: str) -> list[dict]:
+    return [m for m in result["measurements"] if m["experiment"] == "main" and m["arm"] == arm and m["request"] > 0]
+
+
+def test_two_recorded_runs_stand_side_by_side_within_80_columns() -> None:
+    files = [str(ROOT / "results" / name) for name in ("cpu.json", "h100.json")]
+    done = run("--compare", *files)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert done.stdout == run("--show", files[0], "--show", files[1]).stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("  bad ", "  good "))]
+    pairs = zip(*(json.loads(Path(file).read_text(encoding="utf-8"))["lessons"] for file in files), strict=True)
+    for number, results in enumerate(pairs):
+        for arm, row in zip(("bad", "good"), rows[2 * number : 2 * number + 2], strict=True):
+            a, b = (read_arm(result, arm) for result in results)
+            assert row[:3] == [arm, f"{a.hit_rate:.1%}", f"{b.hit_rate:.1%}"]
+            assert " ".join(row[3:7]) == f"{milliseconds(a.median_ms)} {milliseconds(b.median_ms)}"
+            assert row[7] == f"{b.median_ms / a.median_ms:.2f}x"
+            assert row[8:10] == [f"{a.computed_tokens:,}", f"{b.computed_tokens:,}"]
+            assert row[10] == f"{b.computed_tokens / a.computed_tokens:.2f}x"
+    assert "  vllm: 0.32.0 | 0.26.0\n" in done.stdout
+    assert "  device: CPU (2 cores) | NVIDIA H100 80GB HBM3\n" in done.stdout
+    assert "  kv_cache_tokens (lesson 2): 92160 | 153600\n" in done.stdout
+    assert "  lesson 2, bad: 43,128 and 79,353 tokens computed\n" in done.stdout
+    assert "started_at" not in done.stdout
+
+
+def test_what_is_the_same_in_two_runs_is_said_and_times_are_no_difference(tmp_path: Path) -> None:
+    def slower(lessons: list[dict]) -> None:
+        for row in rows_of(lessons[0], "bad"):
+            row["ttft_ms"] *= 2
+
+    done = run("--compare", written(tmp_path, "a.json"), written(tmp_path, "b.json", slower))
+    assert "The environments are the same." in done.stdout
+    assert "All counts of tokens and claims are the same." in done.stdout
+    assert re.search(r"  bad .* 2.72 s +5.43 s +2.00x +20,444 +20,444 +1.00x", done.stdout)
+
+
+def test_a_count_that_differs_is_named_with_lesson_and_arm(tmp_path: Path) -> None:
+    def change(lessons: list[dict]) -> None:
+        rows_of(lessons[1], "bad")[0]["prompt_tokens"] -= 128
+        rows_of(lessons[0], "good")[0]["cached_tokens"] -= 128
+        first, second = rows_of(lessons[2], "bad")[:2]
+        first["prompt_tokens"] += 1
+        second["prompt_tokens"] -= 1
+        lessons[3]["claims"][0]["holds"] = False
+
+    done = run("--compare", written(tmp_path, "a.json"), written(tmp_path, "b.json", change))
+    assert done.stdout.partition("Counts differ:\n")[2].splitlines() == [
+        "  lesson 1, good: 604 and 732 tokens computed, 19,840 and 19,712 cached",
+        "  lesson 2, bad: 43,128 and 43,000 tokens computed",
+        "  lesson 3, bad: the same sums, but 2 of 6 requests are not the same",
+        "  lesson 4: 5 of 5 and 4 of 5 claims hold",
+    ]
+
+
+def test_a_lesson_that_only_one_run_holds_is_said(tmp_path: Path) -> None:
+    first = written(tmp_path, "a.json", lambda lessons: lessons.pop(0) and None)
+    second = written(tmp_path, "b.json", lambda lessons: lessons.pop() and None)
+    done = run("--compare", first, second)
+    assert "1 stable_prefix_vs_timestamp is only in B\n4 session_consistency is only in A\n" in done.stdout
+    assert done.stdout.count("  good ") == 2
+
+
+def test_names_of_another_run_reach_the_terminal_as_they_are_but_for_control_characters(tmp_path: Path) -> None:
+    def change(lessons: list[dict]) -> None:
+        lessons[1]["environment"]["model"] = "[red]m\x1b[31m\u202e:smile:[/]"
+
+    done = run("--compare", written(tmp_path, "a.json"), written(tmp_path, "b.json", change))
+    assert r"  model (lesson 2): built_in_model/cpu | [red]m\x1b[31m\u202e:smile:[/]" in done.stdout
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+
+
+def test_of_two_files_that_one_is_named_which_is_no_recorded_run(tmp_path: Path) -> None:
+    def change(lessons: list[dict]) -> None:
+        rows_of(lessons[0], "bad")[0]["session"] = []
+
+    done = run("--compare", written(tmp_path, "a.json"), written(tmp_path, "b.json", change))
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert f"{tmp_path / 'b.json'} is no run recorded with --json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--show", "a", "--show", "b", "--show", "c"], "two recorded runs can be compared, not more"),
+        (["--compare", "a", "b", "--show", "c"], "two recorded runs can be compared, not more"),
+        (["--compare", "a"], "expected 2 arguments"),
+        (["--compare", "a", "b", "--report", "new.html"], "--report is about one run"),
+        (["--report", "no/such/folder/page.html"], "cannot write no/such/folder/page.html"),
+        (["--show", "run.json", "--report", "run.json"], "--report would overwrite run.json"),
+        (["--show", "run.json", "--report", "link"], "--report would overwrite run.json"),
+        (["--show", "link", "--report", "run.json"], "--report would overwrite link"),
+        (["--show", "run.json", "--report", "hard"], "--report would overwrite run.json"),
+        (["--json", "run.json", "--append", "--report", "link"], "--report would overwrite run.json"),
+        (["--json", "new", "--report", "./new"], "--report would overwrite new"),
+        (["3", "--prompt-file", "run.json", "--report", "link"], "--report would overwrite run.json"),
+        (["3", "--prompt-file=run.json", "--report", "link"], "--report would overwrite run.json"),
+    ],
+    ids=" ".join,
+)
+def test_a_report_overwrites_no_input_and_is_about_one_run(words: list[str], says: str, tmp_path: Path) -> None:
+    path = Path(written(tmp_path, "run.json"))
+    before = path.read_bytes()
+    (tmp_path / "link").symlink_to("run.json")
+    (tmp_path / "hard").hardlink_to(path)
+    command = [sys.executable, ROOT / "run_all_examples.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith(says) or says in done.stderr.splitlines()[-1]
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
+@pytest.mark.parametrize("words", [[], ["--show", str(ROOT / "results" / "cpu.json")]], ids=["run", "show"])
+def test_a_report_without_what_draws_it_is_one_line_before_any_lesson_runs(
+    words: list[str], module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(run_all_examples, "has_usable_vllm", lambda: True)
+    monkeypatch.setattr(run_all_examples, "LESSONS", {})
+    monkeypatch.setattr("sys.argv", ["run_all_examples.py", *words, "--report", str(tmp_path / "page.html")])
+    assert run_all_examples.main() == 1
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert "pip install -r requirements-report.txt" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_the_report_of_a_run_is_the_one_that_is_made_of_its_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-report.txt")
+    recorded = {run.number: run for run in run_all_examples.read_run(ROOT / "results" / "cpu.json")}
+    monkeypatch.setattr(run_all_examples, "has_usable_vllm", lambda: True)
+    monkeypatch.setattr(run_all_examples, "run_lesson", lambda number, *_: recorded[number])
+    page, again, path = (str(tmp_path / name) for name in ("page.html", "again.html", "run.json"))
+    monkeypatch.setattr("sys.argv", ["run_all_examples.py", "4", "1", "--json", path, "--report", page])
+    assert run_all_examples.main() == 0
+    assert run("--show", path, "--report", again).returncode == 0
+    assert Path(page).read_bytes() == Path(again).read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_report_that_cannot_be_written_after_all_is_one_line_and_status_1_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-report.txt")
+    path = tmp_path / "page.html"
+    path.write_text("before")
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    assert run_all_examples.show(str(ROOT / "results" / "cpu.json"), path) == 1
+    assert capsys.readouterr().err == f"run_all_examples.py: error: cannot write {path}: No space left\n"
+    assert [(file, file.read_text()) for file in tmp_path.iterdir()] == [(path, "before")]
 
 
 @pytest.mark.usefixtures("own_signals")

@@ -39,7 +39,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 
-# What is not defined here stands below: questions (predict_first), instrument (Engine, ...), plumbing (Run, Model, ...).
+# What is not defined here stands below: questions (predict_first), instrument (Engine, ...), plumbing (Run, ...).
 
 # --- the lesson: the same sessions sent to several vLLM workers, routed in two ways ---
 
@@ -633,11 +633,13 @@ class Question(NamedTuple):
         """Tell from the top what is the same as before and what is new, and what of the rest is the same again."""
         before, now = ("".join(map(chr, ids)) for ids in (self.before, self.ids))  # texts can be searched
         front = common_prefix(before, now)
-        middle = (front + len(now)) // 2
-        at, again, new = before.find(now[middle : middle + 64]), 0, len(now) - front
-        if at >= 0:
-            back = common_prefix(before[:at][::-1], now[front:middle][::-1])
-            again, new = back + common_prefix(before[at:], now[middle:]), middle - back - front
+        again = common_prefix(before[front:][::-1], now[front:][::-1])  # at the end
+        middle, new = (front + len(now)) // 2, len(now) - front - again
+        at = before.find(now[middle : middle + 64])
+        if at >= 0:  # or around the middle
+            left = common_prefix(before[:at][::-1], now[front:middle][::-1])
+            right = common_prefix(before[at:], now[middle:])
+            again, new = max((again, new), (left + right, middle - left - front))
         parts = (front, "the same"), (new, "new"), (again, "the same again"), (len(now) - front - new - again, "new")
         return f"{', '.join(f'{tokens:,} {what}' for tokens, what in parts if tokens)}: {len(now):,} tokens"
 

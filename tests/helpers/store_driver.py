@@ -8,7 +8,9 @@ import sys
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", PYTHONHASHSEED="0", VLLM_HOST_IP="127.0.0.1")
 
+import torch
 from vllm import LLM, SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.inputs import tokens_input
 
 from going_further.kv_stores import RedisStore
@@ -55,8 +57,15 @@ class Driver:
         print("RESULT " + json.dumps({"scenario": scenario, **facts}), flush=True)
 
     def forget(self) -> None:
-        """Empty the worker's own cache: it is as good as another worker."""
+        """Empty the worker's own cache: it is as good as another worker. No old value is left to be right by chance."""
         assert self.llm.reset_prefix_cache()
+        for layer in get_kv_transfer_group().layers:
+            layer.copy_(3 * torch.randn(layer.shape))
+
+    def values(self, keys: list[str]) -> torch.Tensor:
+        """Return the numbers that the store holds under these keys, a row for each."""
+        rows = [torch.frombuffer(bytearray(self.store.client.get(key)[16:]), dtype=torch.bfloat16) for key in keys]
+        return torch.stack(rows).float()
 
 
 def main() -> None:
@@ -74,11 +83,11 @@ def main() -> None:
     driver.forget()
     driver.tell("six at once", computed=one_by_one, loaded=driver.ask(*many))
 
-    values = {key: driver.store.client.get(key) for key in driver.store.stored_keys()}
-    touch = driver.scheduler.connector.touch
+    keys = driver.store.block_keys(driver.llm.llm_engine.vllm_config, long, None)
+    right, touch = driver.values(keys), driver.scheduler.connector.touch
 
-    def touch_and_lose(keys: list[str]) -> list[bool]:
-        has = touch(keys)
+    def touch_and_lose(asked: list[str]) -> list[bool]:
+        has = touch(asked)
         driver.store.client.delete(*keys[5:7])
         return has
 
@@ -86,22 +95,30 @@ def main() -> None:
     driver.scheduler.connector.touch = touch_and_lose
     lost = driver.ask(long)
     driver.scheduler.connector.touch = touch
-    again = {key: driver.store.client.get(key) for key in values}
+    apart = (driver.values(keys) - right).abs().max().item()
     driver.forget()
-    driver.tell(
-        "lost between look-up and load",
-        computed=computed,
-        recomputed=lost,
-        loaded=driver.ask(long),
-        same_keys=all(again.values()),
-    )
+    loaded = driver.ask(long)
+    driver.tell("lost between look-up and load", computed=computed, recomputed=lost, loaded=loaded, apart=apart)
 
     driver.forget()
-    key = driver.store.block_keys(driver.llm.llm_engine.vllm_config, long, None)[3]
-    driver.store.client.set(key, b"too short")
-    cut, size = driver.ask(long), driver.store.client.strlen(key)
+    driver.store.client.set(keys[3], b"too short")
+    cut = driver.ask(long)
+    apart = (driver.values(keys) - right).abs().max().item()
     driver.forget()
-    driver.tell("a value that is cut off", computed=computed, recomputed=cut, loaded=driver.ask(long), size=size)
+    loaded = driver.ask(long)
+    driver.tell("a value that is cut off", computed=computed, recomputed=cut, loaded=loaded, apart=apart)
+
+    driver.forget()
+    driver.store.client.set(keys[3], bytes(16) + driver.store.client.get(keys[3])[16:])
+    driver.tell("another kind of worker's value", computed=computed, recomputed=driver.ask(long))
+    driver.store.client.delete(*keys)
+    driver.forget()
+    driver.ask(long)
+
+    driver.store.client.config_set("maxmemory", 1)
+    driver.forget()
+    driver.tell("a store that is full", computed=computed, recomputed=driver.ask(long, salt="full"))
+    driver.store.client.config_set("maxmemory", 0)
 
     writers = [prompt(n, 300) for n in range(20, 26)]
     written = driver.ask(*writers, tokens=120)

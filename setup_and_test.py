@@ -13,6 +13,8 @@ as it is; otherwise everything goes into .venv beside this file. After an interr
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import errno
 import importlib.metadata
 import importlib.util
@@ -20,15 +22,18 @@ import json
 import os
 import platform
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn, TextIO
 
 HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
@@ -41,6 +46,10 @@ SIZES = {"requirements-cpu.txt": (0.9, 5), "requirements.txt": (6, 20)}  # GB to
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TEST_FILES = "requirements-test.txt"
 QUICK_TESTS = ["-m", "not engine or quick"]
+ERASE = "\r\x1b[K"  # to the start of the line, and nothing in it
+FIRST_LINE = 20  # seconds until a pipe gets a first line on what pip is at
+PIP_TAKES_IT_FOR_A_TERMINAL = "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"  # variables, where they are set
+MB = {"bytes": 1e-6, "kB": 1e-3, "MB": 1}
 
 
 class Check(NamedTuple):
@@ -59,18 +68,30 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"setup_and_test.py: error: {message}")
 
 
-def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess:
-    """Run a command. Where this process is told to end, the command is asked to, and cleans up, for ten seconds."""
+def can_erase(stream: TextIO) -> bool:
+    """Say whether a line that was written here can be written over: it is a terminal that knows how."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+@contextlib.contextmanager
+def started(command: list[str | Path], **options: object) -> Iterator[subprocess.Popen]:
+    """Start a command. Where this process is to end, the command is asked to, and cleans up, for ten seconds."""
     with subprocess.Popen(command, **options) as process:
         try:
-            out, _ = process.communicate()
-        except SystemExit:
+            yield process
+        except (SystemExit, OSError):  # told to end, or nowhere to write to
             for seconds in (1, 10):  # a terminal has asked it, too
                 try:
                     process.wait(timeout=seconds)
                 except subprocess.TimeoutExpired:
                     process.send_signal(signal.SIGINT if seconds == 1 else signal.SIGKILL)
             raise
+
+
+def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess:
+    """Run a command to its end, or as `started` says."""
+    with started(command, **options) as process:
+        out, _ = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, out)
 
 
@@ -80,7 +101,8 @@ def end_on_signals() -> None:
     def stop(signum: int, _: object) -> None:
         for other in STOPPING:
             signal.signal(other, lambda *_: None)  # once is enough; Python complains of one that is ignored just now
-        print("interrupted: run this again, it goes on where it can", file=sys.stderr, flush=True)
+        erase = ERASE if can_erase(sys.stderr) else ""  # what pip is at may stand in the line
+        print(f"{erase}interrupted: run this again, it goes on where it can", file=sys.stderr, flush=True)
         sys.exit(128 + signum)
 
     for signum in STOPPING:
@@ -185,29 +207,119 @@ def reachable(url: str) -> bool:
     return True
 
 
-def pip_install(python: Path, *words: str | Path) -> None:
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--retries", "1"]
-    if run([*pip, *words]).returncode != 0:
-        fail("pip failed, its reason stands above: check network and disk space, then run this again")
+# --- pip, and what is shown of it ---
+
+
+class Step(NamedTuple):
+    """What pip is at."""
+
+    what: str
+    mb: float  # that it fetches, or takes from its cache, for this
+
+
+def pip_step(line: str) -> Step | None:
+    """Return what pip is at by a line of its output, None where the line does not say so."""
+    if line.startswith("Installing collected packages: "):
+        return Step(f"installing {line.count(',') + 1} packages", 0)
+    verbs = "Collecting|Downloading|Using cached|Processing|Building wheel for"
+    found = re.match(rf"\s*({verbs}) ([^\s<>=!~;\[(]+)(?: \(([\d.]+) ({'|'.join(MB)})\))?", line)
+    if found is None:
+        return None
+    verb, source, number, unit = found.groups()
+    file = urllib.parse.unquote(source.rpartition("/")[2])
+    name = " ".join(file.split("-")[:2]) if file.endswith((".whl", ".metadata")) else file  # name and version
+    if number is not None:
+        return Step(f"{name} ({number} {unit})", float(number) * MB[unit])
+    return Step(f"building {name}" if verb.startswith("Building") else name, 0)
+
+
+def follow(process: subprocess.Popen, log: BinaryIO, about_mb: float | None) -> list[str]:
+    """Copy what pip writes to the log, and show what it is at until it ends; return its last lines.
+
+    A terminal has one line for it, written anew every second. Elsewhere there is a line after 20 s, and one each time
+    that twice as long has passed: few, however slow the network is.
+    """
+    start, due, pause, same_line = time.monotonic(), FIRST_LINE, FIRST_LINE, can_erase(sys.stdout)
+    of = f" of about {about_mb:,.0f}" if about_mb else ""
+    step, mb, unfinished, last = Step("starting pip", 0), 0.0, b"", collections.deque(maxlen=10)
+    while True:
+        if select.select([process.stdout], [], [], 1)[0]:
+            data = os.read(process.stdout.fileno(), 2**16)
+            with contextlib.suppress(OSError):  # a full disk ends pip, too; its last lines say so
+                log.write(data)
+            *lines, unfinished = (unfinished + data).split(b"\n") if data else (unfinished, b"")
+            for line in lines:
+                text = "".join(c for c in line.decode(errors="replace").rstrip() if c.isprintable())
+                last.extend([text[:300]] if text else [])
+                if new := pip_step(text):
+                    step, mb = new, mb + step.mb  # what it was at before is here now
+            if not data:
+                break
+        elif process.poll() is not None:  # something that it started has the pipe open, and will not close it
+            break
+        seconds = time.monotonic() - start
+        text = f"{seconds:.0f} s, {mb:,.0f}{of} MB: {step.what}"
+        if same_line:
+            columns = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+            print(f"{ERASE}{text[: columns - 1]}", end="", flush=True)
+        elif seconds >= due:
+            pause *= 2
+            due = seconds + pause
+            print(text, flush=True)
+    if same_line:
+        print(ERASE, end="", flush=True)
+    process.wait()
+    return list(last)
+
+
+def pip(log: BinaryIO, python: Path, *words: str | Path, about_mb: float | None = None) -> None:
+    """Run pip; all that it writes goes to the log. Where it fails, show its last lines and name the log."""
+    command = [python, "-m", "pip", "--disable-pip-version-check", "--retries", "1", *words]
+    environment = {name: value for name, value in os.environ.items() if name not in PIP_TAKES_IT_FOR_A_TERMINAL}
+    options = {"env": {**environment, "PIP_PROGRESS_BAR": "off"}, "stdin": subprocess.DEVNULL}  # nobody sees it ask
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options) as process:
+        last = follow(process, log, about_mb)
+    status = process.returncode
+    if status != 0:
+        print("\n".join(last), file=sys.stderr)
+        how = f" ({signal.Signals(-status).name})" if status < 0 else ""
+        reason = f"its last lines stand above, more of them in {log.name}"
+        fail(f"pip failed{how}, {reason}: check network and disk space, then run this again")
+
+
+@contextlib.contextmanager
+def pip_log(python: Path) -> Iterator[BinaryIO]:
+    """Open a log in the environment of `python`; it is made anew, so that no link that stands there is followed."""
+    log = python.parent.parent / "setup_and_test.log"
+    try:
+        log.unlink(missing_ok=True)
+        file = log.open("xb", buffering=0)
+    except OSError as error:
+        fail(f"cannot write {log}: {error.strerror}")
+    with file:
+        yield file
 
 
 def install(python: Path) -> None:
-    """Install the suite's requirements for `python`: pip shows its progress, and what is there and fits stays."""
+    """Install the suite's requirements for `python`: what is there and fits stays."""
     file = requirements_file()
     download, space = SIZES[file]
     free = shutil.disk_usage(HERE).free / 1e9
     if free < space:
         fail(f"{space} GB of free disk are needed in {HERE}, {free:.1f} GB are there: free some and run this again")
-    print(f"Installing {file}: about {download} GB to download, two minutes on a fast line.", flush=True)
-    index = []
-    if file == "requirements-cpu.txt" and reachable(f"{TORCH_CPU_INDEX}/torch/"):
-        index = ["--extra-index-url", TORCH_CPU_INDEX]
-    pip_install(python, "-r", HERE / file, "-r", HERE / TEST_FILES, *index)
-    # vLLM's CPU build asks for these three. From a plain package index they come built for CUDA, and break the import
-    # of transformers. The lessons use none of them.
-    for package in ("torchvision", "torchaudio", "torchcodec"):
-        if subprocess.run([python, "-c", f"import {package}"], capture_output=True).returncode != 0:
-            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", package], check=True)
+    with pip_log(python) as log:
+        size = f"about {download} GB to download, two minutes on a fast line"
+        print(f"Installing {file}: {size}; pip's output: {log.name}", flush=True)
+        index = []
+        if file == "requirements-cpu.txt" and reachable(f"{TORCH_CPU_INDEX}/torch/"):
+            index = ["--extra-index-url", TORCH_CPU_INDEX]
+        files = "-r", HERE / file, "-r", HERE / TEST_FILES
+        pip(log, python, "install", *files, *index, about_mb=1000 * download)
+        # vLLM's CPU build asks for these three. From a plain package index they come built for CUDA, and break the
+        # import of transformers. The lessons use none of them.
+        for package in ("torchvision", "torchaudio", "torchcodec"):
+            if subprocess.run([python, "-c", f"import {package}"], capture_output=True).returncode != 0:
+                pip(log, python, "uninstall", "--yes", package)
 
 
 def prepare() -> Path:
@@ -348,7 +460,8 @@ def main() -> int:
     if importlib.util.find_spec("pytest") is None:
         if sys.prefix == sys.base_prefix:
             fail(f"pytest is missing in {sys.executable}: pip install -r {TEST_FILES}")
-        pip_install(Path(sys.executable), "-r", HERE / TEST_FILES)
+        with pip_log(Path(sys.executable)) as log:
+            pip(log, Path(sys.executable), "install", "-r", HERE / TEST_FILES)
     print("\nTests", flush=True)
     return run([sys.executable, "-m", "pytest", *([] if args.full else QUICK_TESTS)], cwd=HERE).returncode
 

@@ -397,7 +397,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[int], list[str]]:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the examples and stop")
-    parser.add_argument("--exercise", metavar="N", help="check exercises/exercise_N.py, or a FILE named after it")
+    parser.add_argument("--exercise", metavar="N", help="check exercises/exercise_N.py, or the FILE that follows")
     parser.add_argument(
         "--show", action="append", default=[], metavar="FILE", help="print the summary of a recorded run and stop"
     )

@@ -52,7 +52,6 @@ from session_consistency import (
     p90,
     pair_ratios,
     pair_verdict,
-    parse,
     per_worker,
     prime,
     report,
@@ -69,6 +68,7 @@ from session_consistency import (
     worker_places,
     write_json,
 )
+from session_consistency import parse as parse_lesson
 from stable_prefix_vs_timestamp import clock, good_messages, system_prompt
 
 __all__ = [
@@ -174,6 +174,14 @@ def engine_parser(doc: str) -> Parser:
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the values of a lesson's command line that a tool has; no tool asks the questions of --predict."""
+    args = parse_lesson(parser)
+    if args.predict:
+        parser.error("--predict asks about a lesson: take one of the four")
+    return args
 
 
 def import_transformers() -> ModuleType:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,12 @@ def test_a_file_that_can_be_written_is_a_path_for_json_and_is_not_made(tmp_path:
 def test_a_file_that_cannot_be_written_is_refused_with_the_reason(name: str, says: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=f"cannot write {name}: {says}"):
         json_path(name)
+
+
+@pytest.mark.parametrize("tool", ["pinned_system_prompt", "shared_store"])
+def test_a_tool_does_not_ask_the_questions_of_a_lesson(tool: str) -> None:
+    command = [sys.executable, "-m", f"going_further.{tool}", "--predict"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --predict asks about a lesson: take one of the four
+")

@@ -71,5 +71,4 @@ def test_a_tool_does_not_ask_the_questions_of_a_lesson(tool: str) -> None:
     command = [sys.executable, "-m", f"going_further.{tool}", "--predict"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr.endswith("error: --predict asks about a lesson: take one of the four
-")
+    assert done.stderr.endswith("error: --predict asks about a lesson: take one of the four\n")

@@ -219,7 +219,8 @@ def quantile(q: float, buckets: dict[float, int]) -> float | None:
     below, lower = 0, 0.0
     for upper, count in sorted(buckets.items()):
         if count >= rank > below:
-            return lower + (upper - lower) * (rank - below) / (count - below) if upper < math.inf else None
+            inside = (upper - lower) * (rank - below) / (count - below)
+            return min(upper, lower + inside) if upper < math.inf else None  # rounding may lead out of the bucket
         below, lower = count, upper
     return None
 

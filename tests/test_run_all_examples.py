@@ -261,7 +261,7 @@ def test_what_is_the_same_in_two_runs_is_said_and_times_are_no_difference(tmp_pa
     done = run("--compare", written(tmp_path, "a.json"), written(tmp_path, "b.json", slower))
     assert "The environments are the same." in done.stdout
     assert "All counts of tokens and claims are the same." in done.stdout
-    assert re.search(r"  bad .* 2.72 s +5.43 s +2.00x +20,444 +20,444 +1.00x", done.stdout)
+    assert re.search(r"  bad .* s +2\.00x +20,444 +20,444 +1\.00x", done.stdout)
 
 
 def test_a_count_that_differs_is_named_with_lesson_and_arm(tmp_path: Path) -> None:

@@ -288,8 +288,12 @@ def print_arms(fleet: Fleet, filling: Counter) -> None:
     row("TTFT, p90", lambda arm: milliseconds(p90(arm)))
     store_row("loaded from the store", megabytes(given["load_get"]))
     store_row("stored", megabytes(given["save_put"]))
-    verdict = pair_verdict(pair_ratios(measured[ROUND_ROBIN], measured[STORE]), run.args.deeper, "the store")
-    run.print(f"\nRound robin alone and with the store:\n{verdict}")
+    computed = {arm: sum(m.computed_tokens for m in measured[arm]) for arm in ARMS}
+    run.print(
+        f"\nRound robin computes {computed[ROUND_ROBIN]:,} tokens alone, {computed[STORE]:,} with a store; "
+        f"affinity {computed[AFFINITY]:,}."
+    )
+    run.print(pair_verdict(pair_ratios(measured[ROUND_ROBIN], measured[STORE]), run.args.deeper, "the store"))
 
 
 def loads(fleet: Fleet, experiment: str) -> list[tuple[Measurement, int]]:

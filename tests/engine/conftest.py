@@ -23,6 +23,7 @@ ENVIRONMENT_KEYS = {
     *("vllm", "torch", "transformers", "python", "device", "model", "weights", "dtype", "block_size", "execution"),
     *("kv_cache_tokens", "prefix_tokens", "requests", "started_at", "command"),
 }
+LESSON_KEYS = {"pinned_system_prompt": set(), "session_consistency": {"verdict"}}  # beside those of every result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,8 +65,8 @@ def check_result() -> Callable[[dict, str], None]:
     """Return a check of a lesson's JSON: its schema, that every prediction was met, and that every claim holds."""
 
     def check(result: dict, lesson: str) -> None:
-        keys = {"schema", "lesson", "title", "environment", "seconds", "measurements", "claims", "verdict"}
-        assert set(result) - {"predictions"} == keys | ({"break"} if lesson != "session_consistency" else set())
+        keys = {"schema", "lesson", "title", "environment", "seconds", "measurements", "claims"}
+        assert set(result) - {"predictions"} == keys | LESSON_KEYS.get(lesson, {"verdict", "break"})
         assert (result["schema"], result["lesson"]) == (1, lesson)
         assert set(result["environment"]) >= ENVIRONMENT_KEYS
         assert set(result["seconds"]) == {"imports", "engine_start", "warm_up", "measuring"}

@@ -6,8 +6,10 @@ from collections.abc import Awaitable, Callable
 
 from exercises.layouts import start_engine
 from exercises.student import Student
-from going_further.common import HERE, OUTPUT_TOKENS, LessonError, Run
-from going_further.replay_request_log import Comparer, Row, analyse, read_log
+from going_further.common import HERE, LessonError, Run
+from going_further.replay.analysis import Options, analyse
+from going_further.replay.comparing import Row
+from going_further.replay.rendering import Renderer
 
 LOG, BREAKS = HERE / "exercises" / "agent_log.jsonl", 3
 Break = tuple[int, str, str]  # line, kind, place
@@ -45,12 +47,12 @@ def exercise_5(student: Student) -> Callable[[Run], Awaitable[None]]:
 
     async def measure(run: Run) -> None:
         model = run.model
-        comparer = Comparer(LOG, model.tokenizer, model.block_size)
-        rows = analyse(LOG, comparer, None, model.max_model_len - OUTPUT_TOKENS, run.console)
+        found = analyse(LOG, Renderer(model.name), model.block_size, Options(), run.console)
+        rows = found.rows
         breaks = {(row.line, row.kind, row.where): row.lost_tokens for row in rows if row.lost_tokens}
         if len(breaks) != BREAKS:
             raise LessonError(f"with this model and block size the log has {len(breaks)} breaks, not {BREAKS}")
-        prompts = [comparer.encode(request).ids for request in read_log(LOG, None)]
+        prompts = [found.comparer.recall(number).ids for number in range(len(rows))]
         engine = await start_engine(run, prompts)
         with run.timed("measuring"):
             for row, ids in zip(rows, prompts, strict=True):

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from exercises import facts
 from exercises.student import Student
@@ -26,7 +25,10 @@ from going_further.common import (
     milliseconds,
     shown,
 )
-from going_further.replay_request_log import Comparer, Prompt, Request, check_memory, describe
+from going_further.replay.comparing import describe
+from going_further.replay.records import Record
+from going_further.replay.rendering import Prompt, Renderer
+from going_further.replay_request_log import check_memory
 
 STATIC_TOKENS = {1: 1800, 2: 1000, 3: 1200}  # about so many, of the text that is the same for all
 TENANT_TOKENS = 700
@@ -80,19 +82,22 @@ class Score:
 class Reader:
     """Renders messages as the model gets them, and compares two prompts as the replayer does."""
 
-    def __init__(self, tokenizer, block_size: int) -> None:
-        self.comparer, self.block_size = Comparer(Path(), tokenizer, block_size), block_size
+    def __init__(self, model: str, block_size: int) -> None:
+        self.renderer, self.block_size = Renderer(model), block_size
+
+    def chat(self, messages: list[dict]) -> Prompt:
+        return self.renderer.prompt(Record(0, "chat", {"messages": messages}, {}))
 
     def render(self, messages: list[dict]) -> str:
-        return self.comparer.render(Request(0, 0, messages, None, {}), messages)
+        return self.chat(messages).text
 
     def prompt(self, messages: list[dict]) -> Prompt:
         """Return a prompt without its markers, if it has any: they are taken out of the rendered text."""
         text = self.render(messages).replace(facts.MARKER, "")
-        return Prompt(Request(0, 0, facts.without_markers(messages), None, {}), text, self.tokens(text))
+        return dataclasses.replace(self.chat(facts.without_markers(messages)), text=text, ids=self.tokens(text))
 
     def tokens(self, text: str) -> list[int]:
-        return self.comparer.tokenizer.encode(text, add_special_tokens=False)
+        return self.renderer.tokens(text)
 
     def needed(self, *texts: str) -> int:
         return self.needed_of(len(self.tokens("\n".join(texts))))
@@ -103,13 +108,13 @@ class Reader:
 
     def place(self, before: Prompt, after: Prompt) -> Place | None:
         """Return where a prompt departs from another one, None where it only goes on."""
-        kind, where = describe(before, after, self.comparer.spans)
-        if kind in ("extended", "same prompt"):
+        found = describe(before, after, self.renderer)
+        if found.kind in ("extended", "same prompt"):
             return None
         at, token = common_prefix(before.text, after.text), common_prefix(before.ids, after.ids)
-        inside = [at - span.start for span in self.comparer.spans(after) if span.start <= at < span.end]
+        inside = [at - span.start for span in self.renderer.spans(after) if span.start <= at < span.end]
         texts = tuple(prompt.text[max(0, at - 30) : at + 40] for prompt in (before, after))
-        return Place(where or kind, inside[0] if inside else None, token, texts)
+        return Place(found.where or found.kind, inside[0] if inside else None, token, texts)
 
 
 # --- what is asked of the student's function, and what of its prompts should be found ---
@@ -321,7 +326,7 @@ def measuring(answer: Answer) -> Callable[[Run], Awaitable[None]]:
     """Return what measures an answer on the engine and makes the claims."""
 
     async def measure(run: Run) -> None:
-        reader = Reader(run.model.tokenizer, run.model.block_size)
+        reader = Reader(run.model.name, run.model.block_size)
         if 4 * reader.block_size > len(reader.tokens(answer.static)):
             raise UsageError(f"blocks of {reader.block_size:,} tokens are too large for this exercise's prompts")
         check_template(run.model, list(answer.growing))

@@ -22,7 +22,6 @@ import bisect
 import dataclasses
 import hashlib
 import heapq
-import importlib.util
 import itertools
 import json
 import math
@@ -35,7 +34,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from going_further.common import (
-    BROKEN_FILES,
     HERE,
     OUTPUT_TOKENS,
     LessonError,
@@ -46,19 +44,23 @@ from going_further.common import (
     engine_parser,
     find_model,
     good_messages,
-    import_transformers,
     report,
     run_command,
     run_lesson,
     shown,
     system_prompt,
-    telling_line,
     use_python_with_vllm,
     write_json,
 )
-from going_further.replay_request_log import Comparer, Request, check_memory, read_log
+from going_further.replay.analysis import prompts_in
+from going_further.replay.readers import read_log
+from going_further.replay.records import Record
+from going_further.replay.rendering import CannotRender, Renderer
+from going_further.replay.rendering import Prompt as Rendered
+from going_further.replay_request_log import check_memory
 
 PROGRAM = "prefix_indexes"
+BUILT_IN = HERE / "built_in_model" / "cpu"
 LISTS_KEPT = 1_000_000  # of messages, by (a)
 TOKENS_KEPT = 16_000_000  # by (b), and by (c) in blocks: 16 million tokens are a million blocks of 16
 CONCLUSION = """\
@@ -239,23 +241,22 @@ class Prompt:
     ends: list[int | None]  # tokens up to the end of each message; None where the template does not take so few
 
 
-def prompt_of(request: Request, comparer: Comparer) -> Prompt:
-    """Render and tokenize a request, and find where its messages end."""
-    text = comparer.render(request, request.messages)
-    encoded = comparer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    characters = [end for _, end in encoded["offset_mapping"]]
-    ends = []
-    for n in range(1, len(request.messages) + 1):
+def prompt_of(rendered: Rendered, renderer: Renderer) -> Prompt:
+    """Find where the messages of a rendered request end. Without messages all of it is one."""
+    text, offsets, ends = rendered.text, rendered.offsets, []
+    if not rendered.messages or offsets is None:
+        return Prompt(rendered.record.line, [{"tokens": rendered.ids}], array("i", rendered.ids), [len(rendered.ids)])
+    characters = [end for _, end in offsets]
+    for n in range(1, len(rendered.messages) + 1):
         try:
-            beginning = comparer.render(request, request.messages[:n], answer=False)
-        except LessonError:
+            beginning = renderer.write(rendered, rendered.messages[:n], answer=False)
+        except CannotRender:
             ends.append(None)
             continue
         ends.append(bisect.bisect_right(characters, len(beginning)) if text.startswith(beginning) else None)
-    about_all = {"tools": request.tools, "variables": request.variables}
-    return Prompt(
-        request.line, [about_all | request.messages[0], *request.messages[1:]], array("i", encoded["input_ids"]), ends
-    )
+    about_all = {"tools": rendered.tools, "variables": rendered.variables}
+    first, *others = rendered.messages
+    return Prompt(rendered.record.line, [about_all | first, *others], array("i", rendered.ids), ends)
 
 
 def made_here(count: Callable[[str], int]) -> dict[str, list[list[dict]]]:
@@ -342,17 +343,18 @@ def as_json(title: str, tokens: list[int], answers: list[Answers], engine: list[
     return {"workload": title, "prompt_tokens": tokens, "indexes": indexes, "engine_cached_tokens": engine}
 
 
-def workloads(args: argparse.Namespace, comparer: Comparer) -> dict[str, Callable[[], Iterator[Prompt]]]:
+def workloads(args: argparse.Namespace, renderer: Renderer) -> dict[str, Callable[[], Iterator[Prompt]]]:
     """Return, by title, what makes the prompts of a workload; a log is read anew each time and need not fit."""
     if args.file:
-        return {Path(args.file).name: lambda: (prompt_of(r, comparer) for r in read_log(Path(args.file), args.limit))}
+        path = Path(args.file)
+        return {path.name: lambda: (prompt_of(prompt, renderer) for prompt in prompts_in(path, renderer, args.limit))}
 
     def count(text: str) -> int:
-        return len(comparer.tokenizer.encode(text, add_special_tokens=False))
+        return len(renderer.tokens(text))
 
     def prompts_of(conversations: list[list[dict]]) -> Iterator[Prompt]:
         for line, messages in enumerate(conversations, start=1):
-            yield prompt_of(Request(line, 0, messages, None, {}), comparer)
+            yield prompt_of(renderer.prompt(Record(line, "chat", {"messages": messages}, {})), renderer)
 
     made = made_here(count)
     return {title: lambda messages=messages: prompts_of(messages) for title, messages in made.items()}
@@ -361,15 +363,10 @@ def workloads(args: argparse.Namespace, comparer: Comparer) -> dict[str, Callabl
 def without_engine(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    transformers = import_transformers()
-    console, folder = Console(width=80, highlight=False), find_model(args.model or str(HERE / "built_in_model" / "cpu"))
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False)
-    except BROKEN_FILES as error:
-        raise LessonError(f"no tokenizer in {folder}: {telling_line(error)}") from error
+    console, renderer = Console(width=80, highlight=False), Renderer(find_model(args.model or str(BUILT_IN)))
     block_size, results = args.block_size or 16, []
     console.print(f"blocks of {block_size} tokens, nothing was sent")
-    for title, prompts in workloads(args, Comparer(Path(args.file or ""), tokenizer, block_size)).items():
+    for title, prompts in workloads(args, renderer).items():
         tokens, answers = ask_all(prompts(), block_size)
         print_answers(console, title, tokens, answers, None)
         results.append(as_json(title, tokens, answers, None))
@@ -383,7 +380,7 @@ def without_engine(args: argparse.Namespace) -> int:
 async def with_engine(run: Run) -> None:
     """Ask the indexes, send the same prompts to vLLM, and hold (c) against what it found."""
     model, args = run.model, run.args
-    makers = workloads(args, Comparer(Path(args.file or ""), model.tokenizer, model.block_size))
+    makers = workloads(args, Renderer(model.name))
     asked, longest, blocks = {}, 0, 0
     for title, prompts in makers.items():
         tokens, answers = ask_all(prompts(), model.block_size)
@@ -424,11 +421,10 @@ async def with_engine(run: Run) -> None:
 
 def ask_indexes(args: argparse.Namespace) -> int:
     if args.file:
-        next(read_log(Path(args.file), 1))  # a log that cannot be read is told at once
+        next(read_log(Path(args.file), limit=1))  # a log that cannot be read is told at once
     if not args.without_engine:
         return run_lesson(args, with_engine)
-    if importlib.util.find_spec("transformers") is None:
-        use_python_with_vllm()
+    use_python_with_vllm()
     return without_engine(args)
 
 

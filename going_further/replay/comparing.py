@@ -1,0 +1,454 @@
+"""Where each request of a log departs from its best predecessor, and what of it another layout could have kept."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import difflib
+import itertools
+import json
+import pickle
+import re
+import tempfile
+from array import array
+from collections import Counter, OrderedDict, deque
+
+from going_further.common import CacheModel
+from going_further.replay.records import Record
+from going_further.replay.rendering import CannotRender, Prompt, Renderer, Span, plain, written
+
+BLOCKS_KNOWN = 4_000_000  # some 100 bytes each; 64 million tokens in blocks of 16
+REQUESTS_KEPT = 64  # in memory; older ones are read again from a file
+HEADS_COMPARED = 8  # where not even a block matches, so many latest requests are tried as predecessors
+DROPPED, REWRITTEN = "template drops generated text", "template rewrites the prompt"
+NO_BREAK = {
+    *("first request", "another model or cache_salt", "same prompt", "extended", "shortened"),
+    *("another question", "another conversation", "another prompt"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was found out about one request; token counts."""
+
+    line: int
+    prompt_tokens: int
+    predicted_cached_tokens: int
+    predecessor: int | None  # its line
+    kind: str
+    where: str  # message, role, field
+    token: int  # the first different one
+    before: str  # the texts around it
+    after: str
+    lost_tokens: int  # in whole blocks: what stands behind the break, is the same as before, and was not found
+    answer_tokens: int = 0  # found beside `predicted_cached_tokens` where the engine wrote the predecessor's answer
+    session: str = ""
+    family: int = 0  # requests under one prompt: line of the family's first request
+    group: str | None = None  # value of --group-by
+    evicted_tokens: int = 0  # found where the cache had no bounds
+    logged_prompt_tokens: int | None = None  # what the server said
+    logged_cached_tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """A text that stands too early. `index` is its message, -1 what stands before all, None: a whole message."""
+
+    index: int | None
+    text: str
+
+
+# --- two texts ---
+
+
+def shared(a: str | list[int], b: str | list[int]) -> int:
+    """Return how many characters or tokens two prompts begin with in common; by slices, which C compares."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def units(text: str) -> list[str]:
+    """Return a text in pieces that change as a whole: lines, sentences, members of JSON; long ones by words."""
+    found = []
+    for piece in re.findall(r"[^\n.!?;,}\]]*[\n.!?;,}\]]*", text):
+        found += re.findall(r"\S*\s*", piece) if len(piece) > 200 else [piece]
+    return [piece for piece in found if piece]
+
+
+def equal_parts(a: list, b: list) -> list[tuple[int, int, int]]:
+    """Return the runs that two lists have in common and in order: start in `a`, start in `b`, length."""
+    ahead = shared(a, b)
+    behind = shared(a[ahead:][::-1], b[ahead:][::-1])
+    inner = difflib.SequenceMatcher(None, a[ahead : len(a) - behind], b[ahead : len(b) - behind])
+    runs = [(0, 0, ahead)]
+    runs += [(ahead + x, ahead + y, size) for x, y, size in inner.get_matching_blocks() if size]
+    runs.append((len(a) - behind, len(b) - behind, behind))
+    return [run for run in runs if run[2]]
+
+
+def json_around(text: str, at: int) -> tuple[int, object] | None:
+    """Return where the outermost JSON object or array around character `at` starts, and its value."""
+    decoder, start = json.JSONDecoder(), 0
+    while (match := re.compile(r"[{\[]").search(text, start)) and match.start() <= at:
+        try:
+            value, end = decoder.raw_decode(text, match.start())
+        except (json.JSONDecodeError, RecursionError):
+            start = match.end()
+            continue
+        if at < end:
+            return match.start(), value
+        start = end
+    return None
+
+
+def first_difference(a: object, b: object, path: str = "") -> str:
+    """Return the path of the first field in which two JSON values are written differently."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        changed = [key for key in [*b, *a] if key not in a or key not in b or written(a[key]) != written(b[key])]
+        if not changed:
+            return f"{path} (order of keys)"
+        return first_difference(a.get(changed[0]), b.get(changed[0]), f"{path}.{changed[0]}")
+    if isinstance(a, list) and isinstance(b, list):
+        pairs = enumerate(itertools.zip_longest(a, b))
+        at, (x, y) = next((at, pair) for at, pair in pairs if written(pair[0]) != written(pair[1]))
+        return first_difference(x, y, f"{path}[{at}]")
+    return path
+
+
+def json_field(before: str, after: str, old: Span, new: Span, char: int) -> str:
+    """Return the path of the JSON field of a content in which two texts first differ, "" where that is not in JSON."""
+    in_old = json_around(before[old.start : old.end], char - old.start)
+    in_new = json_around(after[new.start : new.end], char - new.start)
+    if in_old is None or in_new is None:
+        return ""
+    (old_place, old_value), (new_place, new_value) = in_old, in_new
+    if old_place != new_place or written(old_value) == written(new_value):
+        return ""
+    return f" field {first_difference(old_value, new_value)}"
+
+
+# --- two prompts ---
+
+
+def heading(message: dict) -> str:
+    """Return what templates write of a message beside its content; ids of tool calls and the like are left out."""
+    return written([message["role"], [call["function"] for call in message.get("tool_calls") or ()]])
+
+
+def key(message: dict) -> str:
+    return heading(message) + written(message.get("content"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Break:
+    """How a prompt departs from another one: kind, place, and the first message that differs; -1 is before all."""
+
+    kind: str
+    where: str
+    message: int | None = None
+
+
+def changed_message(a: list[dict], b: list[dict], at: int, field: str) -> Break:
+    """Return the break in message `at`, which both conversations have."""
+    where = f"message {at} ({b[at]['role']})"
+    texts, others = [key(message) for message in a], [key(message) for message in b]
+    if written(a[at]) == written(b[at]):
+        kind = DROPPED if b[at]["role"] == "assistant" else REWRITTEN
+        return Break(kind, where, at)
+    same_role, rest = a[at]["role"] == b[at]["role"], texts[at + 1 : at + 2] == others[at + 1 : at + 2]
+    if texts[at] != others[at] and not (same_role and rest and len(a) > at + 1):
+        if texts[at] in others[at + 1 :]:
+            return Break("message inserted", where, at)
+        if others[at] in texts[at + 1 :]:
+            return Break("message removed", f"message {at} ({a[at]['role']})", at)
+    if not same_role:
+        return Break("message inserted", where, at)
+    if at == len(b) - 1 and at and b[at]["role"] == "user":
+        return Break("another question", where + field, at)
+    return Break(f"{b[at]['role']} message changed", where + field, at)
+
+
+def describe(before: Prompt, after: Prompt, renderer: Renderer) -> Break:
+    """Return how a prompt departs from an earlier one. The texts decide: what is not written breaks nothing."""
+    if before.ids == after.ids:
+        return Break("same prompt", "")
+    a, b = before.messages, after.messages
+    if not a or not b:  # token ids, or a completion
+        if shared(before.ids, after.ids) == len(before.ids):
+            return Break("extended", "")
+        return Break("prompt changed", "the prompt", 0)
+    if len(a) < len(b) and after.text.startswith(before.text):
+        return Break("extended", "")
+    char, old, new = shared(before.text, after.text), renderer.spans(before), renderer.spans(after)
+    at = min(sum(span.end <= char for span in found) for found in (old, new))  # so many contents are the same
+    both = min(len(a), len(b))
+    if at < both and max(old[at].start, new[at].start) <= char:
+        return changed_message(a, b, at, json_field(before.text, after.text, old[at], new[at], char))
+    # It is between two contents: in the tools, in a message's role or tool calls, or in what the template adds.
+    for name, x, y in (("tools", before.tools, after.tools), ("template variables", before.variables, after.variables)):
+        if written(x) != written(y):
+            return Break(f"{name} changed", f"{name}{first_difference(x, y)}", -1)
+    last = max((n for n, span in enumerate(new[:at]) if span.start < span.end), default=0)
+    near = range(last, min(at + 1, both))
+    at = next((n for n in near if heading(a[n]) != heading(b[n])), min(at, last + 1) if char > new[last].start else at)
+    if at < both:
+        at = next((n for n in near if written(a[n]) != written(b[n])), at)
+        field = next((name for name in [*b[at], *a[at]] if written(a[at].get(name)) != written(b[at].get(name))), "")
+        return changed_message(a, b, at, f" {field}")
+    if at == len(a) < len(b):
+        if not before.text[char:].strip():  # a line end, say, that the answer takes the place of
+            return Break("extended", "")
+        if b[at]["role"] == "assistant":
+            return Break(DROPPED, f"message {at} ({b[at]['role']})", at)
+    if len(a) == len(b) or at == len(a):
+        return Break(REWRITTEN, "the end of the prompt", at)
+    return Break("shortened", f"message {at} was left out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What stands behind a break: spans of the later prompt that are as before, and the texts that are not."""
+
+    same: list[Span]
+    moved: list[Moved]  # of both prompts
+    is_other: bool = False  # most of the message that changed is other text: it is no edited one
+
+
+def behind(found: Break, before: Prompt, after: Prompt, renderer: Renderer) -> Kept:
+    """Return what of a prompt another layout could have kept, and what would have to stand behind it.
+
+    The last message is a request's own, unless it is the only one, or said before. What is equal is looked for in the
+    message that changed, by lines and sentences, and among the messages after it, which count as a whole.
+    """
+    a, b, at = before.messages, after.messages, found.message
+    old, new = renderer.spans(before), renderer.spans(after)
+    same, moved = [], []
+    if at == -1:
+        old_text, new_text, start = before.text[: old[0].start], after.text[: new[0].start], 0
+    elif found.kind.endswith(" changed") and at < len(a) and (at < len(b) - 1 or len(b) == 1):
+        old_text, new_text = before.text[slice(*old[at])], after.text[slice(*new[at])]
+        start = new[at].start
+    else:
+        old_text = new_text = ""
+        start = 0
+    old_units, new_units = units(old_text), units(new_text)
+    common = Counter(old_units) & Counter(new_units)
+    if at == 0 and 2 * sum(len(unit) * times for unit, times in common.items()) < min(len(old_text), len(new_text)):
+        return Kept([], [], is_other=True)
+    runs = equal_parts(old_units, new_units)
+    places = list(itertools.accumulate(map(len, new_units), initial=start))
+    changed_at = shared(before.text, after.text)
+    for _, y, size in runs:
+        if places[y + size] > changed_at:
+            same.append(Span(max(places[y], changed_at), places[y + size]))
+    if new_units:
+        in_old = {n for x, _, size in runs for n in range(x, x + size)}
+        in_new = {n for _, y, size in runs for n in range(y, y + size)}
+        moved += [Moved(at, unit) for n, unit in enumerate(old_units) if n not in in_old]
+        moved += [Moved(at, unit) for n, unit in enumerate(new_units) if n not in in_new]
+    first = at + 1 if new_units else max(at, 0)
+    old_keys, new_keys = [key(message) for message in a[first:]], [key(message) for message in b[first:]]
+    equal = equal_parts(old_keys, new_keys)
+    for _, y, size in equal:
+        for n in range(first + y, first + y + size):
+            same.append(Span(max(changed_at, new[n - 1].end if n else 0), new[n].end))
+    if not new_units and found.kind.startswith(("message", "assistant", "tool", "user", "system")):
+        in_old = {n for x, _, size in equal for n in range(x, x + size)}
+        in_new = {n for _, y, size in equal for n in range(y, y + size)}
+        others = [a[first + n] for n in range(len(old_keys)) if n not in in_old]
+        others += [b[first + n] for n in range(len(new_keys) - 1) if n not in in_new]
+        moved += [Moved(None, text) for message in others if (text := plain(message.get("content")))]
+    return Kept([span for span in same if span.start < span.end], moved)
+
+
+def tokens_in(prompt: Prompt, spans: list[Span], renderer: Renderer) -> int:
+    """Return how many tokens of a prompt begin in some spans of its text."""
+    offsets = prompt.offsets
+    if offsets is None:  # a slow tokenizer, which does not say where its tokens are
+        return sum(len(renderer.tokens(prompt.text[slice(*span)])) for span in spans)
+
+    def tokens_before(character: int) -> int:
+        return bisect.bisect_left(offsets, character, key=lambda offset: offset[0])
+
+    count = end = 0
+    for span in sorted(spans):
+        begin = max(span.start, end)  # of spans that overlap each token counts once
+        end = max(span.end, end)
+        count += max(0, tokens_before(end) - tokens_before(begin))
+    return count
+
+
+class Comparer:
+    """Finds for each request of a log what the cache model holds of it, and its best predecessor."""
+
+    def __init__(self, renderer: Renderer | None, block_size: int) -> None:
+        """A trace of hashes has no texts and needs no renderer."""
+        self.renderer, self.block_size, self.chain = renderer, block_size, CacheModel(block_size).chain
+        self.drops_last_block = renderer is not None and renderer.drops_last_block
+        self.owners: dict[int, int] = {}  # block -> number of its latest request; the least recently used first
+        self.forgotten = 0  # blocks
+        self.lines: list[int] = []  # per request, as are the following
+        self.lengths: list[int] = []  # whole blocks
+        self.families: list[int] = []
+        self.sessions: list[str] = []
+        self.recent: OrderedDict[int, Prompt] = OrderedDict()
+        self.store, self.places = tempfile.TemporaryFile(), []  # noqa: SIM115, all prompts; the file has no name
+        self.openings: dict[int, int] = {}  # first user message, end of the first message -> latest request
+        self.moved: dict[tuple[int, str], dict[Moved, None]] = {}  # by family and place; a dict keeps the order
+        self.salts: dict[tuple, deque[int]] = {}  # model and cache_salt -> latest requests
+
+    def recall(self, number: int) -> Prompt:
+        """Return an earlier prompt, from memory or from the file."""
+        if number in self.recent:
+            return self.recent[number]
+        self.store.seek(self.places[number])
+        prompt = pickle.load(self.store)
+        return dataclasses.replace(prompt, ids=prompt.ids.tolist())
+
+    def keep(self, prompt: Prompt) -> None:
+        self.store.seek(0, 2)
+        self.places.append(self.store.tell())
+        prompt = dataclasses.replace(prompt, encoding=None)
+        pickle.dump(dataclasses.replace(prompt, ids=array("i", prompt.ids)), self.store, pickle.HIGHEST_PROTOCOL)
+        self.recent[len(self.places) - 1] = prompt
+        if len(self.recent) > REQUESTS_KEPT:
+            self.recent.popitem(last=False)
+
+    def opening(self, prompt: Prompt) -> list[int]:
+        """Return what tells a conversation, and what tells an agent, when the beginning of the prompt has changed."""
+        users = [message for message in prompt.messages if message["role"] == "user"]
+        first = plain(prompt.messages[0].get("content"))[-200:] if prompt.messages else ""
+        return [hash(("user", key(message), prompt.salt)) for message in users[:1]] + [hash((first, prompt.salt))]
+
+    def best_predecessor(self, prompt: Prompt, blocks: list[int], known: int) -> int | None:
+        """Return the number of the latest request that shares most; among equals one of the same conversation."""
+        openings = [self.openings[sign] for sign in self.opening(prompt) if sign in self.openings]
+        candidates = [self.owners[blocks[known - 1]]] if known else self.salts.get(prompt.salt, ())
+
+        def closeness(number: int) -> tuple:
+            other = self.recall(number)
+            at = shared(other.ids, prompt.ids)
+            return at // self.block_size, number in openings[:1], number in openings, at, number
+
+        return max({*candidates, *openings}, key=closeness, default=None)
+
+    def add(self, prompt: Prompt, session: str | None = None) -> tuple[Row, list[int]]:
+        """Return what is to be said of the next request of the log, and its blocks; remember it."""
+        blocks = list(self.chain(prompt.ids, prompt.salt))
+        known = self.known(blocks, len(prompt.ids))
+        best = self.best_predecessor(prompt, blocks, known)
+        row = self.compare(prompt, known * self.block_size, best, session)
+        self.salts.setdefault(prompt.salt, deque(maxlen=HEADS_COMPARED)).append(len(self.lines))
+        self.openings.update(dict.fromkeys(self.opening(prompt), len(self.lines)))
+        self.keep(prompt)
+        self.remember(row, blocks)
+        return row, blocks
+
+    def add_trace(self, record: Record, session: str | None = None) -> tuple[Row, list[int]]:
+        """Do the same for a request of which only the hashes of its blocks are known. What broke is not."""
+        tokens, ids = record.body["input_length"], record.body["hash_ids"]
+        blocks = list(itertools.accumulate(ids, lambda parent, block: hash((parent, block)), initial=0))[1:]
+        blocks = blocks[: tokens // self.block_size]
+        known = self.known(blocks, tokens)
+        before = self.owners[blocks[known - 1]] if known else None
+        kind = "another prompt" if self.lines else "first request"
+        alone, family, line = f"line {record.line}", record.line, None
+        if before is not None:
+            whole = known >= min(self.lengths[before], (tokens - 1) // self.block_size)
+            kind = "extended" if whole else "departs"
+            family, line = self.families[before], self.lines[before]
+            alone = self.sessions[before] if whole else alone
+        row = Row(record.line, tokens, known * self.block_size, line, kind, "", known * self.block_size, "", "", 0,
+                  session=session or alone, family=family)  # fmt: skip
+        self.remember(row, blocks)
+        return row, blocks
+
+    def known(self, blocks: list[int], tokens: int) -> int:
+        """Return how many leading blocks an earlier request had; the last token is always computed."""
+        usable = (tokens - 1) // self.block_size
+        return sum(1 for _ in itertools.takewhile(self.owners.__contains__, blocks[:usable]))
+
+    def remember(self, row: Row, blocks: list[int]) -> None:
+        number = len(self.lines)
+        for block in reversed(blocks):  # so that the last block of a prompt is the first to be forgotten, as in vLLM
+            self.owners.pop(block, None)
+            self.owners[block] = number
+        for block in list(itertools.islice(self.owners, max(0, len(self.owners) - BLOCKS_KNOWN))):
+            del self.owners[block]
+            self.forgotten += 1
+        self.lines.append(row.line), self.families.append(row.family), self.sessions.append(row.session)
+        self.lengths.append(len(blocks))
+
+    def compare(self, prompt: Prompt, cached: int, number: int | None, session: str | None) -> Row:
+        ids, line = prompt.ids, prompt.record.line
+        found = cached - self.block_size if cached and self.drops_last_block else cached
+        alone = dict(session=session or f"line {line}", family=line)
+        if number is None:
+            kind = "another model or cache_salt" if self.salts else "first request"
+            return Row(line, len(ids), found, None, kind, "", 0, "", "", 0, **alone)
+        before = self.recall(number)
+        family, departs, at = self.families[number], describe(before, prompt, self.renderer), shared(before.ids, ids)
+        lost, is_other = 0, False
+        if departs.kind not in NO_BREAK and before.text is not None and prompt.messages and before.messages:
+            kept = behind(departs, before, prompt, self.renderer)
+            is_other = kept.is_other
+            same = tokens_in(prompt, kept.same, self.renderer)
+            if departs.kind == DROPPED:
+                same += self.written_since(before, prompt)
+            most = min(at + same, len(ids) - 1)
+            lost = 0 if is_other else max(0, most // self.block_size * self.block_size - cached)
+            if lost and kept.moved:
+                texts = self.moved.setdefault((family, departs.where.partition(" field")[0]), {})
+                texts.update(dict.fromkeys(kept.moved))
+        kind = departs.kind
+        if not lost and kind == "user message changed":
+            kind = "another conversation"
+        if is_other or (not lost and not cached and departs.message in (0, -1)):
+            kind, family = "another prompt", line
+        around = [self.renderer.tokenizer.decode(tokens[max(0, at - 8) : at + 8]) for tokens in (before.ids, ids)]
+        if session is None:
+            session = self.sessions[number] if self.goes_on(before, prompt) else alone["session"]
+        answer = self.answer_tokens(before, prompt) if kind == "extended" else 0
+        return Row(line, len(ids), found, self.lines[number], kind, departs.where, at, *around, lost,
+                   max(0, answer - cached), session, family)  # fmt: skip
+
+    def goes_on(self, before: Prompt, prompt: Prompt) -> bool:
+        """Say whether a request is a later turn of the same conversation: what the user said is said again."""
+        said = [[key(m) for m in p.messages if m["role"] == "user"] for p in (before, prompt)]
+        if not prompt.messages:
+            return prompt.ids[: len(before.ids)] == before.ids
+        return said[0] == said[1][: len(said[0])] and len(prompt.messages) >= len(before.messages)
+
+    def written_since(self, before: Prompt, prompt: Prompt) -> int:
+        """Return the tokens of the answer to `before`, as the next request has it."""
+        n = len(before.messages)
+        if len(prompt.messages) <= n or prompt.messages[n]["role"] != "assistant":
+            return 0
+        return len(self.renderer.tokens(plain(prompt.messages[n].get("content"))))
+
+    def answer_tokens(self, before: Prompt, prompt: Prompt) -> int:
+        """Return how much is found where the engine wrote the answer to `before`: in whole blocks, from the start.
+
+        The last token that it wrote has no KV. What was logged as the answer, with its reasoning, must stand in the
+        next prompt as it was generated; where only the next request has it, it is taken as it stands there.
+        """
+        n = len(before.messages)
+        if len(prompt.messages) <= n or prompt.messages[n]["role"] != "assistant":
+            return 0
+        answer = before.record.answer or prompt.messages[n]
+        try:
+            texts = [self.renderer.write(before, [*before.messages, message], answer=False)
+                     for message in (answer, prompt.messages[n])]  # fmt: skip
+        except CannotRender:
+            return 0
+        as_written = texts[0].removeprefix(before.text) if texts[0].startswith(before.text) else None
+        if as_written is None or not prompt.text.startswith(before.text + as_written.rstrip()):
+            return 0
+        count = len(before.ids) + len(self.renderer.tokens(as_written.rstrip())) - 1
+        return min(count, len(prompt.ids) - 1) // self.block_size * self.block_size

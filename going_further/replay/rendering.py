@@ -1,0 +1,398 @@
+"""Requests as vLLM's server renders them, by vLLM's own classes and functions, without an engine.
+
+What a request means (the developer role, reasoning, tool arguments, content parts, header lines that are stripped) is
+vLLM's word. All that is relied on is named in RELIES_ON; a test looks whether it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import NamedTuple
+
+from going_further.common import BROKEN_FILES, LessonError, shown, telling_line
+from going_further.replay.records import Record
+
+RELIES_ON = (
+    "vllm:AsyncEngineArgs.create_engine_config",
+    "vllm.exceptions:VLLMValidationError",
+    "vllm.renderers:renderer_from_config",
+    "vllm.renderers.base:BaseRenderer.render_messages",
+    "vllm.renderers.hf:HfRenderer",
+    "vllm.renderers.hf:safe_apply_chat_template",
+    "vllm.renderers.hf:resolve_chat_template",
+    "vllm.renderers.online_renderer:OnlineRenderer",
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.build_chat_params",
+    "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.build_tok_params",
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest",
+    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.build_chat_params",
+    "vllm.entrypoints.openai.responses.utils:construct_input_messages",
+    "vllm.entrypoints.openai.responses.utils:construct_tool_dicts",
+    "vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest",
+    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages",
+    "vllm.utils.mistral:is_mistral_tokenizer",
+)
+# What vLLM's code raises for a request that its server answers with an error: fields of another type than they should
+# be, a template that takes no such message, content that it cannot parse.
+REFUSALS = ArithmeticError, AttributeError, LookupError, NotImplementedError, RecursionError, TypeError, ValueError
+# Fields that logs add to a request. What else vLLM's request class does not know is named: it may be thought to count.
+ADDED_BY_LOGS = {
+    *("usage", "response", "id", "object", "created", "created_at", "timestamp", "time", "request_id", "custom_id"),
+    *("session", "session_id", "user_id", "tenant", "options", "metadata", "method", "url", "error", "choices"),
+}
+
+
+class CannotRender(LessonError):
+    """vLLM's server would not take this request; the message says why."""
+
+
+class Span(NamedTuple):
+    """Where a text stands in a longer one, in characters."""
+
+    start: int
+    end: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A request as the model gets it."""
+
+    record: Record
+    text: str | None  # None where a log holds token ids
+    ids: list[int]
+    messages: list[dict] = dataclasses.field(default_factory=list)  # as vLLM has parsed them
+    tools: list[dict] | None = None
+    variables: dict = dataclasses.field(default_factory=dict)  # what else the template got
+    salt: tuple = ()  # what splits the cache beside the tokens: the model's name, `cache_salt`
+    ignored: tuple[str, ...] = ()  # fields that vLLM does not know
+    encoding: object = None  # the tokenizer's own; kept while a prompt is looked at
+
+    @property
+    def offsets(self) -> list[tuple[int, int]] | None:
+        """Where each token stands in the text; None where the tokenizer does not say."""
+        return self.encoding and self.encoding.offsets
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what a library prints, also from C, from the terminal."""
+    with tempfile.TemporaryFile() as nowhere:
+        kept = os.dup(1), os.dup(2)
+        os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+            os.close(kept[0]), os.close(kept[1])
+
+
+class Renderer:
+    """vLLM's renderer and configuration of a model; the weights are not read."""
+
+    def __init__(self, model: str, speculative_config: dict | None = None) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            with quiet():
+                from vllm import AsyncEngineArgs
+                from vllm.exceptions import VLLMValidationError
+                from vllm.renderers import renderer_from_config
+                from vllm.utils.mistral import is_mistral_tokenizer
+
+                arguments = AsyncEngineArgs(
+                    model=model, trust_remote_code=False, enforce_eager=True, speculative_config=speculative_config
+                )
+                self.config = arguments.create_engine_config()
+                self.vllm_renderer = renderer_from_config(self.config)
+        except (*BROKEN_FILES, ImportError, NotImplementedError, RuntimeError) as error:
+            raise LessonError(f"vLLM cannot use the model in {model}: {telling_line(error)}") from error
+        self.model, self.model_config, self.tokenizer = model, self.config.model_config, self.vllm_renderer.tokenizer
+        self.max_model_len = self.model_config.max_model_len
+        self.model_config.max_model_len = 2**31 - 1  # what is longer is analysed all the same, and named
+        self.refusal = VLLMValidationError
+        self.is_mistral = is_mistral_tokenizer(self.tokenizer)
+        if self.model_config.hf_config.model_type == "gpt_oss":
+            raise LessonError(f"{model}: prompts of gpt-oss are written by openai-harmony, which is not replayed here")
+
+    @cached_property
+    def has_template(self) -> bool:
+        """Say whether a chat template in Jinja writes the prompts; some models have a renderer of their own."""
+        from vllm.renderers.hf import HfRenderer
+
+        return isinstance(self.vllm_renderer, HfRenderer)
+
+    @cached_property
+    def writes_the_date(self) -> bool:
+        from vllm.renderers.hf import resolve_chat_template
+
+        if not self.has_template:
+            return False
+        templates = (
+            resolve_chat_template(self.tokenizer, None, tools, model_config=self.model_config) for tools in (None, [])
+        )
+        return any("strftime_now" in (template or "") for template in templates)
+
+    # --- what vLLM's configuration says of this model's cache ---
+
+    def check_rules(self) -> None:
+        """Raise LessonError for a model whose cache follows other rules than whole blocks of one prefix."""
+        shape = self.model_config
+        if shape.is_hybrid or shape.is_attention_free:
+            raise LessonError(f"{self.model} has Mamba or linear attention layers: which of their states vLLM keeps "
+                              "for a prefix is not predicted here")  # fmt: skip
+        if getattr(shape.hf_text_config, "attention_chunk_size", None):
+            raise LessonError(f"{self.model} has chunked local attention: what vLLM keeps of it is not predicted here")
+        if not self.config.cache_config.enable_prefix_caching:
+            raise LessonError(f"vLLM has no prefix caching for {self.model} here: choose another --model")
+
+    @property
+    def window(self) -> int | None:
+        """Return the tokens that the layers with a sliding window look back; None where there are none."""
+        return self.model_config.get_sliding_window()
+
+    @property
+    def has_full_attention(self) -> bool:
+        return "full_attention" in (self.model_config.hf_text_config.to_dict().get("layer_types") or ())
+
+    @property
+    def drops_last_block(self) -> bool:
+        """Say whether speculative decoding lets vLLM compute the last block that was found once more."""
+        speculative = self.config.speculative_config
+        return speculative is not None and speculative.use_eagle()
+
+    # --- rendering ---
+
+    def prompt(self, record: Record) -> Prompt:
+        """Return a request as the model gets it; CannotRender says why vLLM's server would not take it."""
+        try:
+            with no_warnings():
+                return self.prompt_of(dataclasses.replace(record, body=copy.deepcopy(record.body)), record)
+        except (*REFUSALS, self.refusal) as error:
+            raise CannotRender(f"vLLM does not take it: {shown(reason(error))}") from error
+
+    def prompt_of(self, asked: Record, record: Record) -> Prompt:
+        """Render a request; vLLM's parsers write into its body, so `asked` is a copy of `record`."""
+        salt = asked.body.get("model"), asked.body.get("cache_salt")
+        if asked.api == "tokens":
+            ids = asked.body["prompt_token_ids"]
+            if not all(type(token) is int and token >= 0 for token in ids):
+                raise CannotRender("token ids that are no whole numbers")
+            return Prompt(record, None, ids, salt=salt)
+        if asked.api == "completions":
+            return self.completion(asked, record, salt)
+        request, messages, tools = self.chat(asked)
+        params = request.build_chat_params(None, "auto").with_defaults({"tools": tools, "tokenize": self.is_mistral})
+        conversation, rendered = self.vllm_renderer.render_messages(messages, params)
+        variables = {
+            name: value
+            for name, value in params.chat_template_kwargs.items()
+            if value is not None and name not in ("tools", "tokenize", "add_generation_prompt")
+        }
+        variables = {name: value for name, value in variables.items() if value or name != "continue_final_message"}
+        if getattr(request, "add_generation_prompt", True) is False:
+            variables["add_generation_prompt"] = False
+        ignored = tuple(sorted((request.model_extra or {}).keys() - ADDED_BY_LOGS)) if asked.api == "chat" else ()
+        text, ids, encoding = rendered.get("prompt"), rendered.get("prompt_token_ids"), None
+        if ids is None:
+            ids, encoding = self.encode(text, bool(getattr(request, "add_special_tokens", False)))
+        most = getattr(request, "truncate_prompt_tokens", None)
+        if most is not None:
+            raise CannotRender("truncate_prompt_tokens cuts this prompt, which is not replayed here")
+        return Prompt(record, text or self.tokenizer.decode(ids), list(ids), conversation, tools, variables, salt,
+                      ignored, encoding)  # fmt: skip
+
+    def chat(self, asked: Record) -> tuple[object, list, list[dict] | None]:
+        """Return vLLM's request object of a chat, its messages, and its tools as the template gets them."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        if asked.api == "responses":
+            return self.responses(asked.body)
+        if asked.api == "messages":
+            request = self.anthropic(asked.body)
+        else:
+            request = ChatCompletionRequest.model_validate(asked.body)
+        if request.chat_template or (request.chat_template_kwargs or {}).get("chat_template"):
+            raise CannotRender("it carries a chat template of its own, which vLLM's server refuses unless told")
+        if self.is_mistral:
+            from vllm.utils.mistral import mt
+
+            mt.maybe_serialize_tool_calls(request), mt.truncate_tool_call_ids(request)
+        tools = [tool.model_dump() for tool in request.tools] if request.tools is not None else None
+        return request, request.messages, tools
+
+    def responses(self, body: dict) -> tuple[object, list, list[dict] | None]:
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+        from vllm.entrypoints.openai.responses.utils import construct_input_messages, construct_tool_dicts
+
+        request = ResponsesRequest.model_validate(body)
+        if request.previous_response_id or request.prompt:
+            raise CannotRender("it goes on from something that the server keeps (previous_response_id, prompt)")
+        messages = construct_input_messages(request_instructions=request.instructions, request_input=request.input)
+        return request, messages, construct_tool_dicts(request.tools, request.tool_choice)
+
+    def anthropic(self, body: dict):
+        from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+        from vllm.entrypoints.anthropic.serving import AnthropicServingMessages as Serving
+
+        request = AnthropicMessagesRequest.model_validate({"model": "", "max_tokens": 1, **body})
+        if not hasattr(Serving, "to_chat_completion_request"):  # vLLM 0.26
+            return Serving._convert_anthropic_to_openai_request(request, merge_inline_system=self.merges_system)
+        thinking = getattr(request, "thinking", None)
+        more = {}
+        if thinking is not None and thinking.type == "disabled":
+            more = {"disabled_thinking_effort": self.disabled_thinking_effort}
+        return Serving.to_chat_completion_request(request, merge_inline_system=self.merges_system, **more)
+
+    @cached_property
+    def online_renderer(self):
+        from vllm.renderers.online_renderer import OnlineRenderer
+
+        return OnlineRenderer(
+            self.model_config,
+            self.vllm_renderer,
+            request_logger=None,
+            chat_template=None,
+            chat_template_content_format="auto",
+        )
+
+    @cached_property
+    def merges_system(self) -> bool:
+        """Say whether vLLM's Anthropic endpoint merges later system messages into the first, for this template."""
+        from vllm.entrypoints.anthropic.serving import AnthropicServingMessages as Serving
+
+        if hasattr(Serving, "_should_merge_inline_system"):
+            return Serving._should_merge_inline_system(self.online_renderer)
+        return Serving._detect_merge_inline_system(None)
+
+    @cached_property
+    def disabled_thinking_effort(self) -> str:
+        """Return the reasoning effort that vLLM's Anthropic endpoint takes for thinking that is disabled."""
+        from vllm.entrypoints.anthropic.serving import AnthropicServingMessages as Serving
+
+        serving = object.__new__(Serving)  # without an engine; only its renderer is asked
+        serving.online_renderer, serving.model_config = self.online_renderer, self.model_config
+        with ThreadPoolExecutor(1) as thread:  # in this one a loop may be running
+            return thread.submit(asyncio.run, serving._probe_disabled_thinking_effort()).result()
+
+    def completion(self, asked: Record, record: Record, salt: tuple) -> Prompt:
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        request = CompletionRequest.model_validate({"model": "", **asked.body})
+        if request.suffix is not None or not isinstance(request.prompt, str):
+            raise CannotRender("a completion with a suffix, or without a text")
+        ids, encoding = self.encode(request.prompt, request.add_special_tokens)
+        return Prompt(record, request.prompt, ids, salt=salt, encoding=encoding)
+
+    def encode(self, text: str, special: bool = False) -> tuple[list[int], object]:
+        """Return the token ids of a text, and what knows where they stand in it, which a slow tokenizer has not."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return encoded["input_ids"], encoded.encodings[0] if encoded.encodings else None
+
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    # --- where things stand in a prompt ---
+
+    def write(self, prompt: Prompt, messages: list[dict], answer: bool = True) -> str:
+        """Return other messages as the template writes them, with the tools and variables of `prompt`."""
+        from vllm.renderers.hf import safe_apply_chat_template
+
+        more = {"add_generation_prompt": answer, **prompt.variables}
+        try:
+            with no_warnings():
+                return safe_apply_chat_template(
+                    self.model_config, self.tokenizer, messages, tools=prompt.tools, tokenize=False, **more
+                )
+        except (*REFUSALS, self.refusal) as error:
+            raise CannotRender(shown(telling_line(error))) from error
+
+    def spans(self, prompt: Prompt) -> list[Span]:
+        """Return where the content of each message stands in a prompt; it is empty for one that is not written.
+
+        A rendering with a mark for each content shows what the template writes between them.
+        """
+        contents = [plain(message.get("content")) for message in prompt.messages]
+        if not self.has_template:
+            return spans_by_search(prompt.text, contents)
+        marks = [f"<content {n}>" for n in range(len(contents))]
+        marked = [with_content(m, mark) if text else m
+                  for m, text, mark in zip(prompt.messages, contents, marks, strict=True)]  # fmt: skip
+        try:
+            rest = self.write(prompt, marked)
+        except CannotRender:  # a template may look into the contents
+            return spans_by_search(prompt.text, contents)
+        spans, end = [], 0
+        for content, mark in zip(contents, marks, strict=True):
+            between, found, after = rest.partition(mark)
+            if not found:
+                spans.append(Span(end, end))
+                continue
+            start, rest = end + len(between), after
+            if prompt.text.startswith(content, start):
+                end = start + len(content)
+            else:  # trimmed, or otherwise written anew: it ends where the template goes on
+                end = max(start, prompt.text.find(re.split(r"<content \d+>", rest, maxsplit=1)[0], start))
+            spans.append(Span(start, end))
+        return spans
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Keep vLLM's remarks about single requests back; what they mean for the prompt is in the prompt."""
+    import logging
+
+    logger = logging.getLogger("vllm")
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was
+
+
+def reason(error: BaseException) -> str:
+    """Return what is wrong with a request, with the field if pydantic names it."""
+    faults = error.errors() if hasattr(error, "errors") else []
+    if not faults:
+        return telling_line(error)
+    *_, first = sorted(faults, key=lambda fault: -len(fault["loc"]))  # of a union's members, the one that fits worst
+    return f"{'.'.join(str(part) for part in first['loc'][:4])}: {first['msg']}"[:250]
+
+
+def plain(content: str | list | None) -> str:
+    """Return the text of a content; parts stand one after another."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content or ""
+
+
+def with_content(message: dict, text: str) -> dict:
+    """Return a message with another content, in the form that it had."""
+    if isinstance(message["content"], list):
+        return {**message, "content": [{"type": "text", "text": text}]}
+    return {**message, "content": text}
+
+
+def spans_by_search(text: str, contents: list[str]) -> list[Span]:
+    """Return where contents stand in a text, each looked for behind the one before."""
+    spans, end = [], 0
+    for content in contents:
+        start = text.find(content, end) if content else -1
+        if start >= 0:
+            end = start + len(content)
+        spans.append(Span(start if start >= 0 else end, end))
+    return spans
+
+
+def written(value: object) -> str:
+    """Return JSON as it was written: two objects that differ in the order of their keys are different prompts."""
+    return json.dumps(value, default=str)

@@ -82,8 +82,8 @@ class Score:
 class Reader:
     """Renders messages as the model gets them, and compares two prompts as the replayer does."""
 
-    def __init__(self, model: str, block_size: int) -> None:
-        self.renderer, self.block_size = Renderer(model), block_size
+    def __init__(self, renderer: Renderer, block_size: int) -> None:
+        self.renderer, self.block_size = renderer, block_size
 
     def chat(self, messages: list[dict]) -> Prompt:
         return self.renderer.prompt(Record(0, "chat", {"messages": messages}, {}))
@@ -326,7 +326,7 @@ def measuring(answer: Answer) -> Callable[[Run], Awaitable[None]]:
     """Return what measures an answer on the engine and makes the claims."""
 
     async def measure(run: Run) -> None:
-        reader = Reader(run.model.name, run.model.block_size)
+        reader = Reader(Renderer(run.model.name), run.model.block_size)
         if 4 * reader.block_size > len(reader.tokens(answer.static)):
             raise UsageError(f"blocks of {reader.block_size:,} tokens are too large for this exercise's prompts")
         check_template(run.model, list(answer.growing))

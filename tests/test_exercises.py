@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from helpers.models import write_llama
 from helpers.wrong_answers import RIGHT_2, WRONG_1, WRONG_2, WRONG_3, WRONG_4, WRONG_5
+from rich.console import Console
 
 from exercises import check, diagnosis, facts, layouts, routing
 from exercises.student import Student, load
 from going_further.common import LessonError, UsageError, conversation, report
+from going_further.replay.rendering import Renderer
 
 ROOT = Path(__file__).parent.parent
 EXERCISES = ROOT / "exercises"
@@ -24,12 +26,11 @@ BLOCKS = [16, 32, 64, 128]
 
 
 @pytest.fixture(scope="module", params=["built-in", "llama"])
-def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
-    transformers = pytest.importorskip("transformers")
+def renderer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     folder = ROOT / "built_in_model" / "cpu"
     if request.param == "llama":
         folder = write_llama(tmp_path_factory.mktemp("model") / "llama")
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    return Renderer(str(folder))
 
 
 def start_file(number: int) -> Path:
@@ -46,10 +47,10 @@ def written(tmp_path: Path, source: str) -> Path:
     return path
 
 
-def failed_claims(number: int, path: Path, tokenizer, block_size: int) -> set[str]:
+def failed_claims(number: int, path: Path, renderer, block_size: int) -> set[str]:
     """Return what fails of an answer to one of the exercises 1 to 3, where vLLM finds what the cache model says."""
     answer = ANSWERS[number](load(path, "messages"))
-    reader = layouts.Reader(tokenizer, block_size)
+    reader = layouts.Reader(renderer, block_size)
     rows = answer.rows(reader)
     result = layouts.score(rows, layouts.predicted(rows, block_size), answer.free)
     claims = [("hit rate", result.found >= result.needed, ""), ("facts", not answer.missing, "")]
@@ -62,22 +63,22 @@ def failed_claims(number: int, path: Path, tokenizer, block_size: int) -> set[st
 
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("number", ANSWERS)
-def test_a_start_file_carries_all_facts_and_misses_the_cache(number: int, block_size: int, tokenizer) -> None:
-    failed = failed_claims(number, start_file(number), tokenizer, block_size)
+def test_a_start_file_carries_all_facts_and_misses_the_cache(number: int, block_size: int, renderer) -> None:
+    failed = failed_claims(number, start_file(number), renderer, block_size)
     assert "hit rate" in failed
     assert "facts" not in failed
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("number", ANSWERS)
-def test_a_solution_passes_whatever_the_blocks_and_the_tokens(number: int, block_size: int, tokenizer) -> None:
-    assert failed_claims(number, solution(number), tokenizer, block_size) == set()
+def test_a_solution_passes_whatever_the_blocks_and_the_tokens(number: int, block_size: int, renderer) -> None:
+    assert failed_claims(number, solution(number), renderer, block_size) == set()
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("name", RIGHT_2)
-def test_other_right_answers_pass_too(name: str, block_size: int, tokenizer, tmp_path: Path) -> None:
-    assert failed_claims(2, written(tmp_path, RIGHT_2[name]), tokenizer, block_size) == set()
+def test_other_right_answers_pass_too(name: str, block_size: int, renderer, tmp_path: Path) -> None:
+    assert failed_claims(2, written(tmp_path, RIGHT_2[name]), renderer, block_size) == set()
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)
@@ -86,10 +87,10 @@ def test_other_right_answers_pass_too(name: str, block_size: int, tokenizer, tmp
     [(number, name) for number, wrong in ((1, WRONG_1), (2, WRONG_2), (3, WRONG_3)) for name in wrong],
 )
 def test_a_wrong_answer_fails_for_its_own_reason(
-    number: int, name: str, block_size: int, tokenizer, tmp_path: Path
+    number: int, name: str, block_size: int, renderer, tmp_path: Path
 ) -> None:
     source = {1: WRONG_1, 2: WRONG_2, 3: WRONG_3}[number][name]
-    failed = failed_claims(number, written(tmp_path, source), tokenizer, block_size)
+    failed = failed_claims(number, written(tmp_path, source), renderer, block_size)
     if "dropped" in name or "rounded" in name:
         assert "facts" in failed
     elif name == "the first boundary stands behind the tenant's text":
@@ -99,9 +100,9 @@ def test_a_wrong_answer_fails_for_its_own_reason(
         assert "facts" not in failed
 
 
-def test_what_is_lost_is_told_with_message_character_and_token(tokenizer, tmp_path: Path) -> None:
+def test_what_is_lost_is_told_with_message_character_and_token(renderer, tmp_path: Path) -> None:
     path = written(tmp_path, WRONG_1["the clock is one line further down"])
-    answer, reader = layouts.answer_1(load(path, "messages")), layouts.Reader(tokenizer, 32)
+    answer, reader = layouts.answer_1(load(path, "messages")), layouts.Reader(renderer, 32)
     rows = answer.rows(reader)
     [(where, (requests, tokens, place))] = layouts.score(rows, layouts.predicted(rows, 32), 0).losses.items()
     assert (where, requests) == ("message 0 (system)", 5)
@@ -111,8 +112,8 @@ def test_what_is_lost_is_told_with_message_character_and_token(tokenizer, tmp_pa
     assert place.token == next(n for n, (a, b) in enumerate(zip(rows[1].ids, rows[2].ids, strict=False)) if a != b)
 
 
-def test_the_bound_is_whole_blocks_of_the_static_text_less_one_a_request(tokenizer) -> None:
-    answer, reader = layouts.answer_1(load(solution(1), "messages")), layouts.Reader(tokenizer, 64)
+def test_the_bound_is_whole_blocks_of_the_static_text_less_one_a_request(renderer) -> None:
+    answer, reader = layouts.answer_1(load(solution(1), "messages")), layouts.Reader(renderer, 64)
     static = len(reader.tokens(answer.static))
     assert {row.needed for row in answer.rows(reader)[1:]} == {static // 64 * 64 - 64}
 
@@ -159,13 +160,15 @@ def test_what_the_student_wrote_is_no_markup(text: str) -> None:
 # --- exercise 4 ---
 
 
-def routed_tokens(student: Student, tokenizer, block_size: int) -> tuple[int, int]:
+def routed_tokens(student: Student, renderer, block_size: int) -> tuple[int, int]:
     """Return what a router's requests find, and what is needed."""
     prompts = {}
     for session, turn in routing.arrivals():
         context = report(session, routing.CONTEXT_TOKENS, facts.about_tokens)
-        text = tokenizer.apply_chat_template(conversation(context, turn), add_generation_prompt=True, tokenize=False)
-        prompts[session, turn] = tokenizer.encode(text, add_special_tokens=False)
+        text = renderer.tokenizer.apply_chat_template(
+            conversation(context, turn), add_generation_prompt=True, tokenize=False
+        )
+        prompts[session, turn] = renderer.tokens(text)
     found = sum(routing.found_tokens(routing.routed(student), prompts, block_size))
     return found, routing.needed_tokens(routing.homes_of_senders(student), prompts, block_size)
 
@@ -175,16 +178,16 @@ def test_the_solution_keeps_all_rules() -> None:
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)
-def test_the_solution_finds_what_the_bound_allows(block_size: int, tokenizer) -> None:
-    found, needed = routed_tokens(load(solution(4), "route"), tokenizer, block_size)
+def test_the_solution_finds_what_the_bound_allows(block_size: int, renderer) -> None:
+    found, needed = routed_tokens(load(solution(4), "route"), renderer, block_size)
     assert found == needed + block_size * (routing.SENDERS + 1)
 
 
-def test_another_hash_passes_too(tokenizer, tmp_path: Path) -> None:
+def test_another_hash_passes_too(renderer, tmp_path: Path) -> None:
     source = solution(4).read_text(encoding="utf-8").replace("sha256", "md5")
     student = load(written(tmp_path, source), "route")
     assert all(holds for _, holds, _ in routing.rules(student))
-    found, needed = routed_tokens(student, tokenizer, 128)
+    found, needed = routed_tokens(student, renderer, 128)
     assert found >= needed
 
 
@@ -196,9 +199,9 @@ def test_a_wrong_router_breaks_the_rule_that_it_is_wrong_about(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)
-def test_a_router_that_looks_at_the_load_first_finds_too_little(block_size: int, tokenizer, tmp_path: Path) -> None:
+def test_a_router_that_looks_at_the_load_first_finds_too_little(block_size: int, renderer, tmp_path: Path) -> None:
     student = load(written(tmp_path, WRONG_4["sorted by load, then by hash"][0]), "route")
-    found, needed = routed_tokens(student, tokenizer, block_size)
+    found, needed = routed_tokens(student, renderer, block_size)
     assert found < needed
 
 
@@ -217,24 +220,24 @@ def test_a_route_to_no_worker_is_told_with_its_line(returns: str, tmp_path: Path
 # --- exercise 5 ---
 
 
-def rows_of_the_log(tokenizer, block_size: int) -> list:
-    comparer = layouts.Comparer(diagnosis.LOG, tokenizer, block_size)
-    return [comparer.add(comparer.encode(request)) for request in diagnosis.read_log(diagnosis.LOG, None)]
+@pytest.fixture(scope="module")
+def built_in() -> Renderer:
+    return Renderer(str(ROOT / "built_in_model" / "cpu"))
+
+
+def rows_of_the_log(renderer: Renderer, block_size: int) -> list:
+    return diagnosis.analyse(diagnosis.LOG, renderer, block_size, diagnosis.Options(), Console(quiet=True)).rows
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)
-def test_the_log_has_three_breaks_and_the_solution_names_them(block_size: int) -> None:
-    transformers = pytest.importorskip("transformers")
-    built_in = transformers.AutoTokenizer.from_pretrained(ROOT / "built_in_model" / "cpu")
+def test_the_log_has_three_breaks_and_the_solution_names_them(block_size: int, built_in: Renderer) -> None:
     rows = rows_of_the_log(built_in, block_size)
     found = [(row.line, row.kind, row.where) for row in rows if row.lost_tokens]
     assert len(found) == diagnosis.BREAKS
     assert diagnosis.named(load(solution(5), "breaks")) == found
 
 
-def test_a_verdict_says_what_is_wrong_with_an_entry_and_not_what_is_right() -> None:
-    transformers = pytest.importorskip("transformers")
-    built_in = transformers.AutoTokenizer.from_pretrained(ROOT / "built_in_model" / "cpu")
+def test_a_verdict_says_what_is_wrong_with_an_entry_and_not_what_is_right(built_in: Renderer) -> None:
     rows = rows_of_the_log(built_in, 128)
     right = diagnosis.named(load(solution(5), "breaks"))[0]
     line, kind, place = right

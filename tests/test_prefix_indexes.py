@@ -154,7 +154,11 @@ def test_equal_json_that_is_rendered_otherwise_is_called_false(
     requests = []
     for arguments in calls:
         function = {"name": "f", "arguments": arguments}
-        answer = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+        answer = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        }
         requests.append({"messages": [{"role": "user", "content": "one two three"}, answer]})
     log.write_text("\n".join(map(json.dumps, requests)))
     status, out = run(capsys, monkeypatch, log, "--without-engine", "--model", model)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from going_further.common import CacheModel
-from going_further.replay.comparing import Comparer, Moved, Row, units
+from going_further.replay.comparing import Comparer, Moved, Row, gap, units
 from going_further.replay.rendering import Prompt, Renderer, plain
 
 PLACES_REPLAYED = 5  # those that lose most
@@ -30,27 +30,23 @@ class Advice:
 def moved_behind(prompt: Prompt, moved: dict[Moved, None], renderer: Renderer, tokens) -> list[int]:
     """Return the token ids of a prompt with the texts in `moved` at its end; `tokens` makes them, piece by piece."""
     early, late, end = [], "", 0
-    spans = renderer.spans(prompt)
-    begin = spans[0].start if spans else 0
-    contents = [(-1, prompt.text[:begin], 0)]
-    contents += [(n, prompt.text[slice(*span)], span.start) for n, span in enumerate(spans)]
     touched = {text.index for text in moved}
-    for index, content, start in contents:
-        stays = prompt.text[end:start]
-        message = prompt.messages[index] if index >= 0 else {}
-        whole = Moved(None, plain(message.get("content"))) in moved
-        if whole:
-            late += content
-        elif index in touched:
-            for unit in units(content):
-                if Moved(index, unit) in moved:
-                    late += unit
-                else:
-                    stays += unit
-        else:
-            stays += content
+    parts = []  # index and text of each gap and each content, in their order
+    for n, span in enumerate(renderer.spans(prompt)):
+        parts += [(gap(n), prompt.text[end : span.start]), (n, prompt.text[slice(*span)])]
+        end = span.end
+    for index, content in parts:
+        is_whole = index >= 0 and Moved(None, plain(prompt.messages[index].get("content"))) in moved
+        if not is_whole and index not in touched:
+            early.append(content)
+            continue
+        stays = ""
+        for unit in [content] if is_whole else units(content):
+            if is_whole or Moved(index, unit) in moved:
+                late += unit
+            else:
+                stays += unit
         early.append(stays)
-        end = start + len(content)
     pieces = [*early, late, prompt.text[end:]]
     return [token for piece in pieces if piece for token in tokens(piece)]
 

@@ -52,10 +52,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """A text that stands too early. `index` is its message, -1 what stands before all, None: a whole message."""
+    """A text that stands too early. `index` is its message, or the gap that it stands in; None: a whole message."""
 
     index: int | None
     text: str
+
+
+def gap(message: int) -> int:
+    """Return the index of what stands before a message and behind the content of the one before."""
+    return -1 - message
 
 
 # --- two texts ---
@@ -229,30 +234,31 @@ def behind(found: Break, before: Prompt, after: Prompt, renderer: Renderer) -> K
     a, b, at = before.messages, after.messages, found.message
     old, new = renderer.spans(before), renderer.spans(after)
     same, moved = [], []
-    if at == -1:
-        old_text, new_text, start = before.text[: old[0].start], after.text[: new[0].start], 0
+    changed_at = shared(before.text, after.text)
+    old_text = new_text = ""
+    index, start, first = at, 0, max(at, 0)
+    if at == -1:  # between two contents, where templates write tools, for one
+        first = min(sum(span.end <= changed_at for span in spans) for spans in (old, new))
+        index, start = gap(first), new[first - 1].end if first else 0
+        old_text = before.text[old[first - 1].end if first else 0 : old[first].start if first < len(a) else None]
+        new_text = after.text[start : new[first].start if first < len(b) else None]
     elif found.kind.endswith(" changed") and at < len(a) and (at < len(b) - 1 or len(b) == 1):
         old_text, new_text = before.text[slice(*old[at])], after.text[slice(*new[at])]
-        start = new[at].start
-    else:
-        old_text = new_text = ""
-        start = 0
+        start, first = new[at].start, at + 1
     old_units, new_units = units(old_text), units(new_text)
     common = Counter(old_units) & Counter(new_units)
     if at == 0 and 2 * sum(len(unit) * times for unit, times in common.items()) < min(len(old_text), len(new_text)):
         return Kept([], [], is_other=True)
     runs = equal_parts(old_units, new_units)
     places = list(itertools.accumulate(map(len, new_units), initial=start))
-    changed_at = shared(before.text, after.text)
     for _, y, size in runs:
         if places[y + size] > changed_at:
             same.append(Span(max(places[y], changed_at), places[y + size]))
     if new_units:
         in_old = {n for x, _, size in runs for n in range(x, x + size)}
         in_new = {n for _, y, size in runs for n in range(y, y + size)}
-        moved += [Moved(at, unit) for n, unit in enumerate(old_units) if n not in in_old]
-        moved += [Moved(at, unit) for n, unit in enumerate(new_units) if n not in in_new]
-    first = at + 1 if new_units else max(at, 0)
+        moved += [Moved(index, unit) for n, unit in enumerate(old_units) if n not in in_old]
+        moved += [Moved(index, unit) for n, unit in enumerate(new_units) if n not in in_new]
     old_keys, new_keys = [key(message) for message in a[first:]], [key(message) for message in b[first:]]
     equal = equal_parts(old_keys, new_keys)
     for _, y, size in equal:
@@ -419,11 +425,11 @@ class Comparer:
                    max(0, answer - cached), session, family)  # fmt: skip
 
     def goes_on(self, before: Prompt, prompt: Prompt) -> bool:
-        """Say whether a request is a later turn of the same conversation: what the user said is said again."""
-        said = [[key(m) for m in p.messages if m["role"] == "user"] for p in (before, prompt)]
-        if not prompt.messages:
+        """Say whether a request is a later turn of the same conversation: what the user said last is said again."""
+        if not prompt.messages or not before.messages:
             return prompt.ids[: len(before.ids)] == before.ids
-        return said[0] == said[1][: len(said[0])] and len(prompt.messages) >= len(before.messages)
+        users = [[key(message) for message in p.messages if message["role"] == "user"] for p in (before, prompt)]
+        return bool(users[0]) and users[0][-1] in users[1]
 
     def written_since(self, before: Prompt, prompt: Prompt) -> int:
         """Return the tokens of the answer to `before`, as the next request has it."""

@@ -86,8 +86,11 @@ def print_advice(console, advice: list[Advice]) -> None:
         console.print(shown(f"{place.where}: {lost}"), markup=False, soft_wrap=True)
         texts = ", ".join(f"{text[:28]!r}" for text in place.texts)
         console.print(f"  {texts}"[:80], markup=False, soft_wrap=True)
-        rates = f"hit rate {place.hit_rate:.1%}, behind the static part {place.moved_hit_rate:.1%}"
-        console.print(f"  {rates} ({count(place.replayed, 'request')} of this family)", soft_wrap=True)
+        if place.moved_hit_rate > place.hit_rate:
+            rates = f"hit rate {place.hit_rate:.1%}, behind the static part {place.moved_hit_rate:.1%}"
+            console.print(f"  {rates} ({count(place.replayed, 'request')} of this family)", soft_wrap=True)
+        else:
+            console.print("  moving it gains nothing: keep what was sent before, and append", soft_wrap=True)
 
 
 def groups_of(rows: list[Row], key) -> list[tuple[str, int, int, float]]:

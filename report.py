@@ -312,26 +312,31 @@ def in_common(runs: list[LessonRun]) -> dict:
     return {key: value for key, value in first.items() if all(key in e and e[key] == value for e in others)}
 
 
+def fill(template: str, **texts: object) -> str:
+    """Return a page with its texts, each of them escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(texts)
+
+
 def page(runs: list[LessonRun]) -> str:
     """Return the whole page, the same bytes for the same runs. A run that is none raises one of the runner's NO_RUN."""
     common = in_common(runs)
     with style.context(["default", LOOK]):  # and nothing of the reader's own matplotlibrc
         lessons = [lesson_texts(run, at, common) for at, run in enumerate(runs, 1)]
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     prices = f"${PRICE_INPUT:.2f} per million tokens, cached ${PRICE_CACHED:.2f}"
-    return template.from_string(PAGE).render(lessons=lessons, common=common, prices=prices)
+    return fill(PAGE, title="KV-cache lessons: what was measured", lessons=lessons, common=common, prices=prices)
 
 
 # --- the page ---
 
-PAGE = """\
+TOP = """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>KV-cache lessons: what was measured</title>
+<title>{{ title }}</title>
 <style>
 :root { color-scheme: light; --line: #d5d9de; --soft: #f5f6f8; --quiet: #555c66; }
 * { box-sizing: border-box; }
@@ -377,6 +382,11 @@ figcaption { color: var(--quiet); font-size: .85rem; }
   h2, h3 { break-after: avoid; }
   .verdict, .failed { print-color-adjust: exact; }
 }
+"""
+
+PAGE = (
+    TOP
+    + """\
 </style>
 </head>
 <body>
@@ -540,3 +550,4 @@ prices: {{ prices }}.</p>
 </body>
 </html>
 """
+)

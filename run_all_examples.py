@@ -60,6 +60,7 @@ LESSONS = {
 }
 # What a file that is no recorded run can raise. ValueError: no UTF-8, no JSON, no samples; arithmetic: no tokens.
 NO_RUN = AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError, ArithmeticError
+REPLAYER = "replay_request_log"  # of going_further; its JSON can be shown, too
 PRICE_INPUT, PRICE_CACHED = 3.00, 0.30  # an example, in $ per million prompt tokens; lesson 2 takes others
 
 
@@ -270,11 +271,17 @@ def no_run(file: str, error: Exception) -> int:
 def show(file: str, report: Path | None) -> int:
     """Print the summary of a recorded run; write the page about it where there is a path for one."""
     try:
-        runs = read_run(Path(file))
-        lines, page = summarise(runs), make_report(runs) if report else ""
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("lesson") == REPLAYER:
+            title, lines = "replayed log", [replay_head(content)]
+            lines += [] if report else ["What broke the prefixes, where, and at what cost: add --report PATH"]
+            page = make_replay_report(content) if report else ""
+        else:
+            title, runs = "summary", lessons_of(content)
+            lines, page = summarise(runs), make_report(runs) if report else ""
     except NO_RUN as error:
         return no_run(file, error)
-    print_summary(lines)
+    print_summary(lines, title)
     return write_or_say(report, page) if report else 0
 
 
@@ -298,11 +305,35 @@ def make_report(runs: list[LessonRun]) -> str:
     return report.page(runs)
 
 
+def make_replay_report(content: dict) -> str:
+    import replay_report
+
+    return replay_report.page(content)
+
+
 def read_run(path: Path) -> list[LessonRun]:
     """Return the lessons of a recorded run."""
+    return lessons_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def lessons_of(content: dict) -> list[LessonRun]:
     numbers = {lesson.name: number for number, lesson in LESSONS.items()}
-    recorded = json.loads(path.read_text(encoding="utf-8"))["lessons"]
-    return [LessonRun(numbers[result["lesson"]], 0, 0.0, result) for result in recorded]
+    return [LessonRun(numbers[result["lesson"]], 0, 0.0, result) for result in content["lessons"]]
+
+
+def whole(value: object) -> int:
+    """Return a count that a file holds. ValueError where it cannot be one."""
+    if type(value) is not int or not 0 <= value < 10**15:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
+
+
+def replay_head(content: dict) -> str:
+    """Return what a replayed log comes to, as the replayer prints it."""
+    rows = content["requests"]
+    sent, found = (sum(whole(row[key]) for row in rows) for key in ("prompt_tokens", "predicted_cached_tokens"))
+    requests = f"{len(rows):,} request{'s' if len(rows) != 1 else ''}"
+    return f"{requests}, {sent:,} tokens, {found:,} cached ({found / sent:.1%}), {sent - found:,} computed"
 
 
 class Stopped(Exception):

@@ -1,14 +1,16 @@
-"""Rendering of the log replayer: token for token what vLLM's own server makes of a request; what it cannot do is named."""
+"""Rendering of the log replayer: token for token as vLLM's own server does it; what cannot be rendered is named."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import importlib
 import json
 import shutil
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -186,7 +188,7 @@ def ids_of_server(renderer: Renderer, body: dict, api: str) -> list[int] | None:
             found = await server.render_responses(ResponsesRequest.model_validate(body))
             return found if isinstance(found, ErrorResponse) else found.engine_input
         if api == "messages":
-            request = AnthropicMessagesRequest.model_validate(body)
+            request = AnthropicMessagesRequest.model_validate({"model": "m", "max_tokens": 1, **body})
             effort = "none"
             if request.thinking is not None and request.thinking.type == "disabled":
                 serving = object.__new__(AnthropicServingMessages)
@@ -205,7 +207,7 @@ def ids_of_server(renderer: Renderer, body: dict, api: str) -> list[int] | None:
 
     try:
         found = asyncio.run(render())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, renderer.refusal):
         return None
     return None if isinstance(found, ErrorResponse) else list(found["prompt_token_ids"])
 
@@ -214,8 +216,7 @@ def ids_of_replayer(renderer: Renderer, body: dict, api: str) -> list[int] | Non
     before = copy.deepcopy(body)
     try:
         return renderer.prompt(record(body, api)).ids
-    except CannotRender as error:
-        assert len(str(error).splitlines()) == 1
+    except CannotRender:
         return None
     finally:
         assert body == before, "a renderer has changed the log's own entry"
@@ -383,13 +384,13 @@ def test_a_template_that_looks_into_contents_has_spans_too(tmp_path: Path) -> No
         ("completions", {"prompt": "Which lamp is brightest?", "truncate_prompt_tokens": 2}, "truncate_prompt_tokens"),
         ("completions", {"prompt": "Which lamp", "suffix": "?"}, "suffix"),
         ("responses", {"model": "m", "input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id"),
-        ("responses", {"model": "m", "input": "Hi", "prompt": {"id": "pmpt_1"}}, "the server keeps"),
+        ("responses", {"model": "m", "input": "Hi", "prompt": {"id": "pmpt_1"}}, "prompt template"),
         ("chat", {"messages": [USER], "continue_final_message": True}, "add_generation_prompt"),
         ("chat", {"messages": [USER], "chat_template_kwargs": "x"}, "chat_template_kwargs"),
         ("chat", {"messages": [USER], "tools": {}}, "tools: "),
         ("chat", {"messages": [USER], "tools": ["a"]}, "tools.0"),
         ("chat", {"messages": [{"role": "user", "content": 5}]}, "content"),
-        ("chat", {"messages": [{"content": "x"}]}, "role"),
+        ("chat", {"messages": [{"content": "x"}]}, "messages.0"),
         ("chat", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "vLLM does not take it"),
         ("chat", {"messages": [USER, CALLING | {"tool_calls": [CALL | {"function": {"name": "f",
                   "arguments": "[" * 100_000}}]}]}, "vLLM does not take it"),
@@ -414,12 +415,27 @@ def test_what_only_the_template_refuses_is_one_line(tmp_path: Path) -> None:
     assert "no system message" in refusal(renderer, {"messages": [SYSTEM, USER]})
 
 
+class Listener(threading.Thread):
+    """A server that must not be asked anything: it hangs up on everybody, and remembers that somebody came."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.socket, self.visitors = socket.create_server(("127.0.0.1", 0)), 0
+        self.port = self.socket.getsockname()[1]
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                self.socket.accept()[0].close()
+                self.visitors += 1
+
+
 @pytest.fixture
-def listener():
-    """A server that must not be asked anything; `url` leads to it."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0)), found.listen(8), found.settimeout(0.05)
-        yield found
+def listener() -> Iterator[Listener]:
+    found = Listener()
+    found.start()
+    yield found
+    found.socket.shutdown(socket.SHUT_RDWR), found.socket.close()
 
 
 IMAGE = "http://127.0.0.1:{port}/lamp.png"
@@ -442,23 +458,21 @@ def test_an_image_in_a_log_is_left_out_and_never_fetched(renderer_of, listener, 
     fields = {"responses": ["input", message], "chat": ["messages", message], "messages": ["messages", message]}[api]
     body = {"model": "m", "max_tokens": 1, fields[0]: [fields[1]]}
     body = body | {"system": "Be kind."} if api == "messages" else body
-    text = json.dumps(body).replace("{port}", str(listener.getsockname()[1]))
+    text = json.dumps(body).replace("{port}", str(listener.port))
     log = tmp_path / "log.jsonl"
     log.write_text(f"{json.dumps({'messages': [USER]})}\n{text}\n")
     found = analyse(log, renderer_of("built-in"), 16, Options(), Console())
-    with pytest.raises(TimeoutError):
-        listener.accept()
+    assert listener.visitors == 0
     assert [left.line for left in found.left_out] == [2]
     assert len(found.left_out[0].reason.splitlines()) == 1
 
 
 def test_a_renderer_refuses_media_itself(renderer_of, listener) -> None:
-    url = IMAGE.replace("{port}", str(listener.getsockname()[1]))
+    url = IMAGE.replace("{port}", str(listener.port))
     for kind in ("image_url", "audio_url", "video_url"):
         message = {"role": "user", "content": [{"type": kind, kind: {"url": url}}]}
         refusal(renderer_of("built-in"), {"messages": [message]})
-        with pytest.raises(TimeoutError):
-            listener.accept()
+        assert listener.visitors == 0
     for part in ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
                  {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}):  # fmt: skip
         refusal(renderer_of("built-in"), {"messages": [{"role": "user", "content": [part]}]})

@@ -8,6 +8,8 @@ the least work only. Rewrite `route` so that
   - where one of N workers is lost, its own sessions move and no others: about 1/N of all
   - a hot session overruns nobody: a worker that has `most(workers)` requests gets no further one
 
+The rules are tried with 8 workers and 5,000 sessions, without the engine, which measures the hit rate afterwards.
+
     python run_all_examples.py --exercise 4
 """
 

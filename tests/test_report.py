@@ -360,7 +360,7 @@ def test_a_replayed_log_is_shown_with_all_that_was_found_out_about_it() -> None:
     assert "4 sessions, hit rate 31.9% in the median, 31.9% to 31.9%; lowest: agent 0." in text
     for reason, tokens in result["logged"]["computed"].items():
         assert [reason, str(result["logged"]["affected"][reason]), f"{tokens:,}"] in cells
-    for policy in map(lambda found: RoutingResult(**found), result["routing"]):
+    for policy in (RoutingResult(**found) for found in result["routing"]):
         row = next(row for row in cells if row[0] == policy.policy)
         spread = f"{policy.spread:.2f}" if len(policy.requests) > 1 else "-"
         assert row[1:4] == [f"{policy.hit_rate:.1%}", f"{sum(policy.computed_tokens):,}", spread]
@@ -437,7 +437,7 @@ def test_control_characters_of_a_log_are_made_visible() -> None:
     result = everywhere(replayed(), "a\x1b[31m\x00b\ud800\u202e")
     page = replay_report.page(result)
     page.encode()
-    assert page.count(r"a\x1b[31m\x00b\ud800\u202e") > 40
+    assert page.count(r"a\x1b[31m\x00b\ud800\u202e") > 30
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202e]", page)
 
 
@@ -483,8 +483,7 @@ def test_counts_of_a_log_that_cannot_be_are_refused(key: str, value: object) -> 
 )
 def test_parts_of_a_log_that_cannot_be_are_refused(place: tuple, value: object) -> None:
     result = replayed(**copy.deepcopy(MEASURED))
-    result["logged"]["ages"] = dict.fromkeys(result["logged"]["computed"], [1.0]) | {"found": [1.0]}
-    result["logged"]["computed"]["found"] = result["logged"]["affected"]["found"] = 1
+    result["logged"] |= {"computed": {"found": 1}, "affected": {"found": 1}, "ages": {"found": [1.0]}}
     replay_report.sections(result)
     part = result
     for step in place[:-1]:
@@ -494,10 +493,7 @@ def test_parts_of_a_log_that_cannot_be_are_refused(place: tuple, value: object) 
         replay_report.page(result)
 
 
-READ_OF_A_LOG = "requests hit_rate advice families sessions groups routing logged left_out notes environment".split()
-
-
-@pytest.mark.parametrize("key", READ_OF_A_LOG)
+@pytest.mark.parametrize("key", sorted(replayed().keys() - {"schema", "lesson"}))
 def test_a_log_that_lacks_a_part_is_refused(key: str) -> None:
     result = replayed()
     del result[key]

@@ -299,6 +299,56 @@ def test_names_of_another_run_reach_the_terminal_as_they_are_but_for_control_cha
     assert all(line.isprintable() for line in done.stdout.splitlines())
 
 
+REPLAYED = {
+    "schema": 1,
+    "lesson": "replay_request_log",
+    "requests": [
+        {"prompt_tokens": 1000, "predicted_cached_tokens": 0},
+        {"prompt_tokens": 1600, "predicted_cached_tokens": 992},
+    ],
+}
+
+
+def test_of_a_replayed_log_the_hit_rate_is_shown_and_how_to_see_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "log.json").write_text(json.dumps(REPLAYED), encoding="utf-8")
+    done = run("--show", str(tmp_path / "log.json"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:] == [
+        "2 requests, 2,600 tokens, 992 cached (38.2%), 1,608 computed",
+        "What broke the prefixes, where, and at what cost: add --report PATH",
+    ]
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        *(None, 5, [], {}, "rows", [5], [{}]),
+        [{"prompt_tokens": 0, "predicted_cached_tokens": 0}],
+        *([{"prompt_tokens": n, "predicted_cached_tokens": 0}] for n in (-1, 1.5, True, "1\x1b[31m", float("nan"))),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("words", [[], ["--report", "page.html"]], ids=["line", "page"])
+def test_a_replayed_log_that_is_none_is_one_line(requests: object, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "log.json").write_text(json.dumps(REPLAYED | {"requests": requests}), encoding="utf-8")
+    command = [sys.executable, ROOT / "run_all_examples.py", "--show", "log.json", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("run_all_examples.py: error: log.json is no run recorded with --json: ")
+    assert all(line.isprintable() for line in done.stderr.splitlines())
+    assert [path.name for path in tmp_path.iterdir()] == ["log.json"]
+
+
+def test_a_replayed_log_is_neither_compared_nor_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "log.json"
+    path.write_text(json.dumps(REPLAYED), encoding="utf-8")
+    for words in (["--compare", str(path), str(path)], ["1", "--append", "--json", str(path)]):
+        done = run(*words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is no run recorded with --json" in done.stderr.splitlines()[-1]
+    assert json.loads(path.read_text(encoding="utf-8")) == REPLAYED
+
+
 def test_of_two_files_that_one_is_named_which_is_no_recorded_run(tmp_path: Path) -> None:
     def change(lessons: list[dict]) -> None:
         rows_of(lessons[0], "bad")[0]["session"] = []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections import Counter
-
 from going_further.replay.caches import Arrival, PrefixCache
 from going_further.replay.comparing import DROPPED, REWRITTEN, Row
 
@@ -27,8 +25,8 @@ class Logged:
     found_tokens: int = 0
     predicted_tokens: int = 0
     surplus_tokens: int = 0  # found beyond the prediction: known from before the log
-    computed: Counter = dataclasses.field(default_factory=Counter)  # reason -> tokens
-    affected: Counter = dataclasses.field(default_factory=Counter)  # reason -> requests
+    computed: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(REASONS, 0))  # tokens
+    affected: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(REASONS, 0))  # requests
     ages: dict[str, list[float]] = dataclasses.field(default_factory=lambda: {"found": [], EVICTED: [], REPLICA: []})
 
     def add(self, reason: str, tokens: int) -> None:

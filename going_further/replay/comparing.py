@@ -21,6 +21,7 @@ BLOCKS_KNOWN = 4_000_000  # some 100 bytes each; 64 million tokens in blocks of 
 REQUESTS_KEPT = 64  # in memory; older ones are read again from a file
 HEADS_COMPARED = 8  # where not even a block matches, so many latest requests are tried as predecessors
 DROPPED, REWRITTEN = "template drops generated text", "template rewrites the prompt"
+OTHERWISE = "answer sent back otherwise"  # by the client, than the engine wrote it
 NO_BREAK = {
     *("first request", "another model or cache_salt", "same prompt", "extended", "shortened"),
     *("another question", "another conversation", "another prompt"),
@@ -400,12 +401,15 @@ class Comparer:
             return Row(line, len(ids), found, None, kind, "", 0, "", "", 0, **alone)
         before = self.recall(number)
         family, departs, at = self.families[number], describe(before, prompt, self.renderer), shared(before.ids, ids)
-        lost, is_other = 0, False
+        lost, is_other, answer = 0, False, 0
+        if departs.kind == "extended":
+            dropped, answer = self.answered(before, prompt)
+            departs = dropped or departs
         if departs.kind not in NO_BREAK and before.text is not None and prompt.messages and before.messages:
             kept = behind(departs, before, prompt, self.renderer)
             is_other = kept.is_other
             same = tokens_in(prompt, kept.same, self.renderer)
-            if departs.kind == DROPPED:
+            if departs.kind in (DROPPED, OTHERWISE):
                 same += self.written_since(before, prompt)
             most = min(at + same, len(ids) - 1)
             lost = 0 if is_other else max(0, most // self.block_size * self.block_size - cached)
@@ -420,7 +424,6 @@ class Comparer:
         around = [self.renderer.tokenizer.decode(tokens[max(0, at - 8) : at + 8]) for tokens in (before.ids, ids)]
         if session is None:
             session = self.sessions[number] if self.goes_on(before, prompt) else alone["session"]
-        answer = self.answer_tokens(before, prompt) if kind == "extended" else 0
         return Row(line, len(ids), found, self.lines[number], kind, departs.where, at, *around, lost,
                    max(0, answer - cached), session, family)  # fmt: skip
 
@@ -438,23 +441,32 @@ class Comparer:
             return 0
         return len(self.renderer.tokens(plain(prompt.messages[n].get("content"))))
 
-    def answer_tokens(self, before: Prompt, prompt: Prompt) -> int:
-        """Return how much is found where the engine wrote the answer to `before`: in whole blocks, from the start.
+    def answered(self, before: Prompt, prompt: Prompt) -> tuple[Break | None, int]:
+        """Say how the answer to `before`, which the engine wrote, stands in the next prompt.
 
-        The last token that it wrote has no KV. What was logged as the answer, with its reasoning, must stand in the
-        next prompt as it was generated; where only the next request has it, it is taken as it stands there.
+        Where it stands there as it was written, return how much is found then: in whole blocks, from the start; the
+        last token that was written has no KV. Else return the break. The answer is the logged one, with its reasoning;
+        where only the next request has it, the template says how it looked when it was the last message.
         """
         n = len(before.messages)
-        if len(prompt.messages) <= n or prompt.messages[n]["role"] != "assistant":
-            return 0
-        answer = before.record.answer or prompt.messages[n]
+        if not self.renderer.has_template or len(prompt.messages) <= n or prompt.messages[n]["role"] != "assistant":
+            return None, 0
+        sent = prompt.messages[n]
+        logged = before.record.answer
+        as_sent = self.continuation(before, sent)
+        as_written = self.continuation(before, self.renderer.parsed(logged)) if logged else as_sent
+        if as_written is None:
+            return None, 0
+        if prompt.text.startswith(before.text + as_written):
+            count = len(before.ids) + len(self.renderer.tokens(as_written)) - 1
+            return None, min(count, len(prompt.ids) - 1) // self.block_size * self.block_size
+        client = as_sent is not None and prompt.text.startswith(before.text + as_sent)
+        return Break(OTHERWISE if client else DROPPED, f"message {n} (assistant)", n), 0
+
+    def continuation(self, before: Prompt, answer: dict) -> str | None:
+        """Return what stands behind a prompt once it is answered; None where the template writes all of it anew."""
         try:
-            texts = [self.renderer.write(before, [*before.messages, message], answer=False)
-                     for message in (answer, prompt.messages[n])]  # fmt: skip
+            text = self.renderer.write(before, [*before.messages, answer], answer=False)
         except CannotRender:
-            return 0
-        as_written = texts[0].removeprefix(before.text) if texts[0].startswith(before.text) else None
-        if as_written is None or not prompt.text.startswith(before.text + as_written.rstrip()):
-            return 0
-        count = len(before.ids) + len(self.renderer.tokens(as_written.rstrip())) - 1
-        return min(count, len(prompt.ids) - 1) // self.block_size * self.block_size
+            return None
+        return text.removeprefix(before.text).rstrip() if text.startswith(before.text) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+
 from going_further.replay.caches import Arrival, PrefixCache
 from going_further.replay.comparing import DROPPED, REWRITTEN, Row
 

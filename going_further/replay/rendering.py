@@ -316,6 +316,11 @@ class Renderer:
         except (*REFUSALS, self.refusal) as error:
             raise CannotRender(shown(telling_line(error))) from error
 
+    def parsed(self, message: dict) -> dict:
+        """Return one message as vLLM parses it; CannotRender where it would not take it."""
+        asked = {"messages": [{"role": "user", "content": "?"}, message]}
+        return self.prompt(Record(0, "chat", asked, {})).messages[-1]
+
     def spans(self, prompt: Prompt) -> list[Span]:
         """Return where the content of each message stands in a prompt; it is empty for one that is not written.
 

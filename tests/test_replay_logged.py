@@ -81,6 +81,10 @@ def adds_up(found: Logged) -> bool:
     return sum(found.computed.values()) + found.found_tokens == found.sent_tokens
 
 
+def reasons(found: Logged) -> dict[str, int]:
+    return {reason: tokens for reason, tokens in found.computed.items() if tokens}
+
+
 def missed(rows: list[Row]) -> int:
     return sum(row.predicted_cached_tokens - row.logged_cached_tokens for row in rows)
 
@@ -89,7 +93,7 @@ def test_a_server_that_finds_all_that_is_predicted_has_computed_what_is_new(tmp_
     found = analysed(tmp_path, renderer, [asking(name, n) for n in range(3) for name in "ab"])
     rows = served(found.rows, found.arrivals, [PrefixCache(BLOCK)])
     said = explain(rows, found.arrivals, BLOCK)
-    assert said.computed == {NEW: said.sent_tokens - said.found_tokens}
+    assert reasons(said) == {NEW: said.sent_tokens - said.found_tokens}
     assert said.found_tokens == said.predicted_tokens == sum(row.predicted_cached_tokens for row in rows) > 0
     assert (said.requests, said.unreported, said.surplus_tokens) == (6, 0, 0)
 
@@ -154,7 +158,7 @@ def test_blocks_of_another_size_are_no_miss(tmp_path: Path, renderer) -> None:
                                 logged_cached_tokens=max(0, row.predicted_cached_tokens - 11))
             for row in found.rows]  # fmt: skip
     said = explain(rows, found.arrivals, BLOCK)
-    assert said.computed == {NEW: said.sent_tokens - said.found_tokens}
+    assert reasons(said) == {NEW: said.sent_tokens - said.found_tokens}
 
 
 def timed(entries: Sequence[tuple[float, dict]]) -> list[dict]:
@@ -185,7 +189,7 @@ def test_what_a_hosted_cache_has_forgotten_is_too_old_and_says_how_old(tmp_path:
 
 
 def test_what_is_found_after_much_work_but_not_after_a_long_time_is_too_old(tmp_path: Path, renderer) -> None:
-    """Twenty sessions pass within three minutes, and the first one is found; then it waits, and nothing comes between."""
+    """Twenty sessions pass within three minutes, and the first one is found; then it waits, and nothing passes."""
     busy = [(n, asking(f"s{n}")) for n in range(1, 20)]
     entries = [(0, asking("a")), *busy, (200, asking("a", 1)), (1200, asking("a", 2)), (1210, asking("a", 3))]
     found = analysed(tmp_path, renderer, timed(entries))
@@ -301,7 +305,7 @@ def test_the_reasons_and_what_was_found_are_all_that_was_sent(tmp_path: Path, re
     rows = served(found.rows, found.arrivals, caches, lambda n: dice.randrange(len(caches)))
     said = explain(rows, found.arrivals, BLOCK)
     assert set(said.computed) <= set(logged.REASONS)
-    assert min(said.computed.values()) > 0
+    assert min(said.computed.values()) >= 0
     assert sum(said.computed.values()) + said.found_tokens == said.sent_tokens
 
 

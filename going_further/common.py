@@ -218,9 +218,12 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+errors = 2  # descriptor of standard error; another one while that leads elsewhere
+
+
 def stop(signum: int, _: object) -> None:
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, b"interrupted\n")
+        os.write(errors, b"interrupted\n")
     os._exit(128 + signum)  # where servers were started, a watchdog ends them
 
 

@@ -123,7 +123,8 @@ def without_engine(args: argparse.Namespace) -> int:
         print_row(console, row, None)
     result = print_findings(console, found, args)
     if args.json:
-        environment = {"model": args.model or "built_in_model/cpu", "block_size": block_size}
+        model = None if renderer is None else args.model or "built_in_model/cpu"
+        environment = {"model": model, "block_size": block_size}
         write_json(args.json, {"schema": 1, "lesson": "replay_request_log", "environment": environment, **result})
     return 1 if below(args, found) else 0
 
@@ -153,6 +154,10 @@ async def with_engine(run: Run) -> None:
         if row.prompt_tokens + OUTPUT_TOKENS > model.max_model_len:
             raise UsageError(f"line {row.line}: {row.prompt_tokens:,} tokens, the model takes {model.max_model_len:,}: "
                              "use --without-engine")  # fmt: skip
+    for number, row in enumerate(rows):
+        if not comparer.recall(number).is_read:
+            raise UsageError(f"line {row.line} asks for prompt_logprobs, for which vLLM reads no cache: use "
+                             "--without-engine")  # fmt: skip
     longest = found.longest
     if comparer.forgotten:
         raise LessonError("this log is too large to be sent: use --without-engine, or --limit N")
@@ -240,6 +245,7 @@ def main() -> int:
     add("--strict", action="store_true", help="refuse a log with a line that cannot be replayed")
     add("--session-field", metavar="PATH", help="where an entry names its session, like metadata.session_id")
     add("--group-by", metavar="PATH", help="a field, like metadata.tenant: hit rate for each of its values")
+    add("--one-model", action="store_true", help="the models that the log names are one, under several names")
     add("--cache-tokens", type=at_least(1), metavar="N", help="a KV cache of N tokens, with vLLM's order of eviction")
     add("--ttl", type=at_least(1), metavar="SECONDS", help="forget what was not used for so long; needs times")
     add("--replicas", type=at_least(2, 1_000), metavar="N", help="compare ways of routing to N replicas")

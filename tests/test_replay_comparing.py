@@ -268,7 +268,7 @@ def test_completions_and_token_ids_have_no_messages_to_tell(renderer_of) -> None
     [
         ('{"step": 1, "n": 2}', '{"step": 2, "n": 2}', ".step"),
         ('# State\n{"tasks": [{"s": 0}, {"s": 0}]}', '# State\n{"tasks": [{"s": 0}, {"s": 1}]}', ".tasks[1].s"),
-        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', " (order of keys)"),
+        ('{"a": 1, "b": 2}', '{"b": 2, "a": 1}', "(order of keys)"),
         ('{"x": {"a": 1, "b": 2}}', '{"x": {"b": 2, "a": 1}}', ".x (order of keys)"),
         ("[1, 2]", "[1, 2, 3]", "[2]"),
         ("[see] {broken", "[see] {broken!", None),

@@ -347,7 +347,7 @@ def test_the_age_of_a_block_is_what_others_have_computed_since() -> None:
         for n in range(4)
     ]
     arrivals = [Arrival(chain, 48, "s", 10.0 * n) for n, chain in enumerate([*chains, chains[0]])]
-    ages = logged.ages_of(rows, arrivals, BLOCK)
-    assert [missed for _, missed, _ in ages] == [None, None, None, 6]
-    assert [seconds for *_, seconds in ages] == [-1, -1, -1, 30]
+    missed = [missed for _, missed in logged.uses_of(rows, arrivals, BLOCK)]
+    assert [use.blocks for use in missed] == [None, None, None, 6]
+    assert [use.seconds for use in missed] == [None, None, None, 30]
     assert cache.age(1) is None

@@ -6,9 +6,20 @@ import dataclasses
 import functools
 
 from going_further.common import CacheModel
-from going_further.replay.comparing import Comparer, Moved, Row, gap, units
+from going_further.replay.comparing import DROPPED, OTHERWISE, REWRITTEN, Comparer, Moved, Row, gap, shared, units
 from going_further.replay.rendering import Prompt, Renderer, plain
 
+HINTS = (  # what the place or the kind of a break holds, and what helps
+    ("order of keys", "write JSON with its keys in one order, as with sort_keys"),
+    ("tools", "keep the tools, their order and their texts the same for the whole session"),
+    ("tool_calls", "send tool calls back as they were written"),
+    ("message removed", "keep what was sent before, and append; compact less often"),
+    ("message inserted", "append messages; what stands between others breaks all behind it"),
+    (OTHERWISE, "send answers back as they were written, with their reasoning"),
+    (DROPPED, "use another template, or its options (chat_template_kwargs)"),
+    (REWRITTEN, "use another template, or its options (chat_template_kwargs)"),
+    ("template variables", "keep chat_template_kwargs the same for the whole session"),
+)
 PLACES_REPLAYED = 5  # those that lose most
 REQUESTS_REPLAYED = 2_000  # of a family, the first ones
 
@@ -24,7 +35,8 @@ class Advice:
     texts: list[str]  # that change, in the order in which they were seen
     replayed: int  # requests
     hit_rate: float  # of those, as they are
-    moved_hit_rate: float  # of those, with the texts at the end of each prompt
+    moved_hit_rate: float | None  # of those, with the texts at the end of each prompt; None: nothing can be moved
+    hint: str = ""  # what else helps
 
 
 def moved_behind(prompt: Prompt, moved: dict[Moved, None], renderer: Renderer, tokens) -> list[int]:
@@ -52,27 +64,48 @@ def moved_behind(prompt: Prompt, moved: dict[Moved, None], renderer: Renderer, t
 
 
 def advise(comparer: Comparer, rows: list[Row]) -> list[Advice]:
-    """Return advice for the places that lose most."""
-    lost: dict[tuple[int, str], list[int]] = {}
+    """Return advice for the places that lose most; a trace of hashes loses nothing that could be named."""
+    lost: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         if row.lost_tokens:
-            lost.setdefault((row.family, row.where.partition(" field")[0]), []).append(row.lost_tokens)
-    places = sorted((place for place in lost if place in comparer.moved), key=lambda place: -sum(lost[place]))
+            lost.setdefault((row.family, row.where.partition(" field")[0]), []).append(row)
+    places = sorted(lost, key=lambda place: -sum(row.lost_tokens for row in lost[place]))[:PLACES_REPLAYED]
+    if comparer.renderer is None or not places:
+        return []
     tokens = functools.lru_cache(maxsize=2_000)(comparer.renderer.tokens)
     found = []
-    for family, where in places[:PLACES_REPLAYED]:
-        moved = comparer.moved[family, where]
+    for family, where in places:
+        moved = comparer.moved.get((family, where), {})
         numbers = [n for n, row in enumerate(rows) if row.family == family][:REQUESTS_REPLAYED]
         caches = CacheModel(comparer.block_size), CacheModel(comparer.block_size)
         sent, hits = [0, 0], [0, 0]
         for number in numbers:
             prompt = comparer.recall(number)
-            for n, ids in enumerate((prompt.ids, moved_behind(prompt, moved, comparer.renderer, tokens))):
+            behind = moved_behind(prompt, moved, comparer.renderer, tokens) if moved else []
+            for n, ids in enumerate((prompt.ids, behind)):
                 hits[n] += caches[n].cached_tokens(ids, prompt.salt)
                 sent[n] += len(ids)
                 caches[n].store(ids, prompt.salt)
-        texts = [text.text.strip() for text in moved if text.text.strip()]
-        rates = [hit / most if most else 0.0 for hit, most in zip(hits, sent, strict=True)]
-        found.append(Advice(family, where, len(lost[family, where]), sum(lost[family, where]), texts[:4],
-                            len(numbers), *rates))  # fmt: skip
+        rates = [hit / most if most else None for hit, most in zip(hits, sent, strict=True)]
+        about = f"{lost[family, where][0].kind} {lost[family, where][0].where}"
+        hint = next((text for sign, text in HINTS if sign in about), "")
+        found.append(
+            Advice(
+                family,
+                where,
+                len(lost[family, where]),
+                sum(row.lost_tokens for row in lost[family, where]),
+                telling([text.text.strip() for text in moved if text.text.strip()])[:4],
+                len(numbers),
+                *rates,
+                hint,
+            )
+        )
     return found
+
+
+def telling(texts: list[str]) -> list[str]:
+    """Return texts from a little before where they differ; those of letters and digits first."""
+    same = shared(min(texts), max(texts)) if len(texts) > 1 else 0
+    cut = [text[max(0, same - 12) :] if len(text) > 28 else text for text in texts]
+    return sorted(cut, key=lambda text: sum(map(str.isalnum, text)) < 3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import zlib
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -12,9 +14,10 @@ from pathlib import Path
 from going_further.common import LessonError, UsageError
 from going_further.replay.caches import Arrival, PrefixCache
 from going_further.replay.comparing import Comparer, Row
-from going_further.replay.readers import read_log
-from going_further.replay.records import LeftOut, Record
+from going_further.replay.readers import open_log, read_log
+from going_further.replay.records import LeftOut, Record, count
 from going_further.replay.rendering import CannotRender, Prompt, Renderer
+from going_further.replay.shapes import as_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Options:
     cache_tokens: int | None = None
     ttl: float | None = None
     disable_hybrid_kv_cache_manager: bool = False
+    one_model: bool = False
 
 
 @dataclasses.dataclass
@@ -43,6 +47,8 @@ class Analysis:
     models: Counter = dataclasses.field(default_factory=Counter)
     salts: Counter = dataclasses.field(default_factory=Counter)
     without_session: int = 0
+    is_one_line: bool = False  # all entries stand in one line, and have numbers instead of lines
+    impossible: int = 0  # requests whose usage says more cached than prompt tokens
 
     @property
     def longest(self) -> int:
@@ -55,6 +61,7 @@ def field_of(entry: object, path: str) -> str | None:
         if isinstance(entry, list) and name.isdecimal() and int(name) < len(entry):
             entry = entry[int(name)]
         else:
+            entry = as_json(entry)  # some logs hold JSON in a text
             entry = entry.get(name) if isinstance(entry, dict) else None
     return None if entry is None or isinstance(entry, dict | list) else str(entry)
 
@@ -79,6 +86,8 @@ def add(record: Record, found: Analysis, options: Options, bounded: PrefixCache 
         row, blocks = comparer.add_trace(record, session)
     else:
         prompt = renderer.prompt(record)
+        if options.one_model:
+            prompt = dataclasses.replace(prompt, salt=(None, *prompt.salt[1:]))
         if not prompt.ids:
             raise CannotRender("its prompt has no tokens")
         check_window(renderer, len(prompt.ids), record.line, options)
@@ -87,17 +96,21 @@ def add(record: Record, found: Analysis, options: Options, bounded: PrefixCache 
         model, salt = prompt.salt
         found.models[model] += 1
         found.salts[salt] += 1
-    arrival = Arrival(array("q", blocks), row.prompt_tokens, row.session, record.time)
+    is_read = renderer is None or prompt.is_read
+    arrival = Arrival(array("q", blocks), row.prompt_tokens, row.session, record.time, is_read)
     if bounded is not None:
         if options.ttl is not None and record.time is None:
             raise UsageError(f"line {record.line}: no time, which --ttl needs")
-        cached = bounded.request(arrival.chain, arrival.tokens, arrival.time)
+        cached = bounded.request(arrival.chain, arrival.tokens, arrival.time, is_read)
         evicted = max(0, row.predicted_cached_tokens - cached)
         row = dataclasses.replace(
             row, predicted_cached_tokens=row.predicted_cached_tokens - evicted, evicted_tokens=evicted,
             answer_tokens=0,
         )  # fmt: skip
     usage = record.usage
+    if usage and usage.cached_tokens is not None and usage.cached_tokens > (usage.prompt_tokens or row.prompt_tokens):
+        found.impossible += 1
+        usage = None
     found.without_session += session is None
     found.arrivals.append(arrival)
     found.rows.append(dataclasses.replace(
@@ -131,9 +144,13 @@ def analyse(path: Path, renderer: Renderer | None, block_size: int, options: Opt
     bounded = PrefixCache(block_size, options.cache_tokens, options.ttl) if is_bounded else None
     columns = ("reading the log", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=lines_of(path) if console.is_terminal else None)
-        for record in read_log(path, options.format, options.strict, options.limit):
+        lines = lines_of(path)
+        found.is_one_line = lines is not None and lines <= 1
+        task = progress.add_task("", total=lines)
+        for number, record in enumerate(read_log(path, options.format, options.strict, options.limit), start=1):
             progress.update(task, completed=record.line)
+            if found.is_one_line:  # as exports often are: lines tell nothing apart
+                record = dataclasses.replace(record, line=number)
             if isinstance(record, LeftOut):
                 found.left_out.append(record)
                 continue
@@ -166,28 +183,40 @@ def prompts_in(path: Path, renderer: Renderer, limit: int | None = None) -> Iter
         raise UsageError(f"{path} holds no request that can be rendered")
 
 
-def lines_of(path: Path) -> int:
-    with path.open("rb") as file:
+def lines_of(path: Path) -> int | None:
+    """Return how many lines end in a log; None where it cannot be read to its end, which its reader tells."""
+    with contextlib.suppress(OSError, EOFError, zlib.error), open_log(path) as file:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    return None
 
 
 def notes_on(found: Analysis) -> list[str]:
     """Return what must be known to read the numbers right."""
     notes, renderer = [], found.comparer.renderer
     by_reason = Counter(left.reason for left in found.left_out)
-    for reason, count in by_reason.most_common(5):
+    for reason, times in by_reason.most_common(5):
         lines = [str(left.line) for left in found.left_out if left.reason == reason][:5]
-        notes.append(f"left out, {count:,}: {reason} (line {', '.join(lines)}{', ...' if count > 5 else ''})")
+        notes.append(f"left out, {times:,}: {reason} (line {', '.join(lines)}{', ...' if times > 5 else ''})")
     if len(by_reason) > 5:
         notes.append(f"left out for other reasons: {sum(c for _, c in by_reason.most_common()[5:]):,}")
+    if found.is_one_line and len(found.rows) > 1:
+        notes.append("all of this log is one line: what is called a line is the number of an entry")
     if found.ignored:
-        names = ", ".join(f"{name} ({count:,})" for name, count in found.ignored.most_common(8))
+        names = ", ".join(f"{name} ({times:,})" for name, times in found.ignored.most_common(8))
         notes.append(f"fields that vLLM's server does not know and ignores: {names}")
     if len(found.models) > 1:
         names = ", ".join(str(name) for name, _ in found.models.most_common(3))
-        notes.append(f"{len(found.models):,} models ({names}): each has a cache of its own; one template renders all")
+        notes.append(
+            f"{len(found.models):,} models ({names}): each has a cache of its own (--one-model: "
+            "they are names of one); one template renders all"
+        )
     if len(found.salts) > 1:
         notes.append(f"{len(found.salts):,} values of cache_salt: each has a part of the cache of its own")
+    if found.impossible:
+        notes.append(f"usage with more cached than prompt tokens, not counted: {found.impossible:,}")
+    times = [arrival.time for arrival in found.arrivals if arrival.time is not None]
+    if any(after < before for before, after in itertools.pairwise(times)):
+        notes.append("times run backwards: requests are taken in the order of the log; is it the newest first?")
     if found.comparer.forgotten:
         notes.append(f"{found.comparer.forgotten:,} blocks of old requests were forgotten, as in a cache of that size")
     if renderer is None:
@@ -197,7 +226,7 @@ def notes_on(found: Analysis) -> list[str]:
         notes.append("the template writes today's date (strftime_now): on another day all prompts begin otherwise")
     too_long = sum(row.prompt_tokens > renderer.max_model_len for row in found.rows)
     if too_long:
-        notes.append(f"longer than the model takes ({renderer.max_model_len:,} tokens): {too_long:,} requests")
+        notes.append(f"longer than the model takes ({renderer.max_model_len:,} tokens): {count(too_long, 'request')}")
     if renderer.drops_last_block:
         notes.append("speculative decoding: vLLM computes the last block that it finds once more")
     return notes

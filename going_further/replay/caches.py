@@ -25,6 +25,7 @@ class Arrival(NamedTuple):
     tokens: int  # of the whole prompt
     session: str
     time: float | None = None  # seconds, since any moment
+    is_read: bool = True  # whether it is looked up at all; it is stored in any case
 
 
 class BlockPool:
@@ -122,9 +123,9 @@ class PrefixCache:
         use = self.last_use.get(block)
         return use is not None and time - use[1] <= self.ttl
 
-    def request(self, chain: Sequence[int], tokens: int, time: float | None = None) -> int:
-        """Return what `find` returns, and store the prompt."""
-        found_tokens = self.find(chain, tokens, time)
+    def request(self, chain: Sequence[int], tokens: int, time: float | None = None, is_read: bool = True) -> int:
+        """Return what `find` returns, and store the prompt. One that is not read is computed whole, as in vLLM."""
+        found_tokens = self.find(chain, tokens, time) if is_read else 0
         self.requests += 1
         if self.usable_blocks is not None and -(-tokens // self.block_size) > self.usable_blocks:
             self.too_long += 1
@@ -218,7 +219,7 @@ def route_log(
             count, capacity = 1, None if capacity_tokens is None else replicas * capacity_tokens
         caches = [PrefixCache(block_size, capacity, ttl) for _ in range(count)]
         for arrival in requests:
-            caches[choose(arrival, caches)].request(arrival.chain, arrival.tokens, arrival.time)
+            caches[choose(arrival, caches)].request(arrival.chain, arrival.tokens, arrival.time, arrival.is_read)
         sent, found = sum(cache.sent_tokens for cache in caches), sum(cache.found_tokens for cache in caches)
         per_replica = tuple(cache.requests for cache in caches), tuple(cache.computed_tokens for cache in caches)
         results.append(RoutingResult(policy, sent, found, *per_replica, sum(cache.too_long for cache in caches)))

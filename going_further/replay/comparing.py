@@ -13,7 +13,7 @@ import tempfile
 from array import array
 from collections import Counter, OrderedDict, deque
 
-from going_further.common import CacheModel
+from going_further.common import CacheModel, LessonError
 from going_further.replay.records import Record
 from going_further.replay.rendering import CannotRender, Prompt, Renderer, Span, plain, written
 
@@ -22,6 +22,9 @@ REQUESTS_KEPT = 64  # in memory; older ones are read again from a file
 HEADS_COMPARED = 8  # where not even a block matches, so many latest requests are tried as predecessors
 DROPPED, REWRITTEN = "template drops generated text", "template rewrites the prompt"
 OTHERWISE = "answer sent back otherwise"  # by the client, than the engine wrote it
+STOPS = r"\n.!?;,}\]\u3002\uff01\uff1f\uff1b\uff0c"  # the last ones are those of Chinese and Japanese
+PIECES = re.compile(f"[^{STOPS}]*[{STOPS}]*")
+UNREAD = "cache not read: prompt_logprobs"
 NO_BREAK = {
     *("first request", "another model or cache_salt", "same prompt", "extended", "shortened"),
     *("another question", "another conversation", "another prompt"),
@@ -82,8 +85,10 @@ def shared(a: str | list[int], b: str | list[int]) -> int:
 def units(text: str) -> list[str]:
     """Return a text in pieces that change as a whole: lines, sentences, members of JSON; long ones by words."""
     found = []
-    for piece in re.findall(r"[^\n.!?;,}\]]*[\n.!?;,}\]]*", text):
-        found += re.findall(r"\S*\s*", piece) if len(piece) > 200 else [piece]
+    for piece in PIECES.findall(text):
+        words = re.findall(r"\S*\s*", piece) if len(piece) > 200 else [piece]
+        for word in words:
+            found += word if len(word) > 200 else [word]  # a script without spaces: by characters
     return [piece for piece in found if piece]
 
 
@@ -136,15 +141,19 @@ def json_field(before: str, after: str, old: Span, new: Span, char: int) -> str:
     (old_place, old_value), (new_place, new_value) = in_old, in_new
     if old_place != new_place or written(old_value) == written(new_value):
         return ""
-    return f" field {first_difference(old_value, new_value)}"
+    return f" field {first_difference(old_value, new_value).lstrip()}"
 
 
 # --- two prompts ---
 
 
+def calls(message: dict) -> list:
+    return [call["function"] for call in message.get("tool_calls") or ()]
+
+
 def heading(message: dict) -> str:
     """Return what templates write of a message beside its content; ids of tool calls and the like are left out."""
-    return written([message["role"], [call["function"] for call in message.get("tool_calls") or ()]])
+    return written([message["role"], calls(message)])
 
 
 def key(message: dict) -> str:
@@ -200,11 +209,14 @@ def describe(before: Prompt, after: Prompt, renderer: Renderer) -> Break:
     for name, x, y in (("tools", before.tools, after.tools), ("template variables", before.variables, after.variables)):
         if written(x) != written(y):
             return Break(f"{name} changed", f"{name}{first_difference(x, y)}", -1)
-    last = max((n for n, span in enumerate(new[:at]) if span.start < span.end), default=0)
-    near = range(last, min(at + 1, both))
-    at = next((n for n in near if heading(a[n]) != heading(b[n])), min(at, last + 1) if char > new[last].start else at)
+    last = max((n for n, span in enumerate(new[:at]) if span.start < span.end), default=-1)
+    near = range(last + 1, min(at + 1, both))
+    if last >= 0 and calls(a[last]) != calls(b[last]):  # they stand behind the content, the role before it
+        at = last
+    else:
+        at = next((n for n in near if heading(a[n]) != heading(b[n])), min(at, last + 1))
     if at < both:
-        at = next((n for n in near if written(a[n]) != written(b[n])), at)
+        at = next((n for n in near if at > last and written(a[n]) != written(b[n])), at)
         field = next((name for name in [*b[at], *a[at]] if written(a[at].get(name)) != written(b[at].get(name))), "")
         return changed_message(a, b, at, f" {field}")
     if at == len(a) < len(b):
@@ -264,7 +276,8 @@ def behind(found: Break, before: Prompt, after: Prompt, renderer: Renderer) -> K
     equal = equal_parts(old_keys, new_keys)
     for _, y, size in equal:
         for n in range(first + y, first + y + size):
-            same.append(Span(max(changed_at, new[n - 1].end if n else 0), new[n].end))
+            begin = new[n - 1].end if n and (n > first or at != -1) else new[n].start  # the gap was looked at above
+            same.append(Span(max(changed_at, begin), new[n].end))
     if not new_units and found.kind.startswith(("message", "assistant", "tool", "user", "system")):
         in_old = {n for x, _, size in equal for n in range(x, x + size)}
         in_new = {n for _, y, size in equal for n in range(y, y + size)}
@@ -319,31 +332,38 @@ class Comparer:
         return dataclasses.replace(prompt, ids=prompt.ids.tolist())
 
     def keep(self, prompt: Prompt) -> None:
-        self.store.seek(0, 2)
-        self.places.append(self.store.tell())
         prompt = dataclasses.replace(prompt, encoding=None)
-        pickle.dump(dataclasses.replace(prompt, ids=array("i", prompt.ids)), self.store, pickle.HIGHEST_PROTOCOL)
+        try:
+            self.store.seek(0, 2)
+            self.places.append(self.store.tell())
+            pickle.dump(dataclasses.replace(prompt, ids=array("i", prompt.ids)), self.store, pickle.HIGHEST_PROTOCOL)
+            self.store.flush()
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise LessonError(
+                f"cannot keep the prompts in {folder}: {error.strerror} (TMPDIR names another)"
+            ) from error
         self.recent[len(self.places) - 1] = prompt
         if len(self.recent) > REQUESTS_KEPT:
             self.recent.popitem(last=False)
 
     def opening(self, prompt: Prompt) -> list[int]:
-        """Return what tells a conversation, and what tells an agent, when the beginning of the prompt has changed."""
-        users = [message for message in prompt.messages if message["role"] == "user"]
-        first = plain(prompt.messages[0].get("content"))[-200:] if prompt.messages else ""
-        return [hash(("user", key(message), prompt.salt)) for message in users[:1]] + [hash((first, prompt.salt))]
+        """Return what tells a conversation of an agent, an agent, and a conversation when the beginning has changed."""
+        users = [key(message) for message in prompt.messages if message["role"] == "user"][:1]
+        agent = plain(prompt.messages[0].get("content"))[-200:] if prompt.messages else ""
+        return [hash((prompt.salt, agent, *users)), hash((prompt.salt, agent)), hash((prompt.salt, None, *users))]
 
     def best_predecessor(self, prompt: Prompt, blocks: list[int], known: int) -> int | None:
         """Return the number of the latest request that shares most; among equals one of the same conversation."""
-        openings = [self.openings[sign] for sign in self.opening(prompt) if sign in self.openings]
-        candidates = [self.owners[blocks[known - 1]]] if known else self.salts.get(prompt.salt, ())
+        openings = [self.openings.get(sign) for sign in self.opening(prompt)]
+        candidates = {self.owners[blocks[known - 1]]} if known else {*self.salts.get(prompt.salt, ())}
+        candidates |= {number for number in openings if number is not None}
 
         def closeness(number: int) -> tuple:
-            other = self.recall(number)
-            at = shared(other.ids, prompt.ids)
-            return at // self.block_size, number in openings[:1], number in openings, at, number
+            at = shared(self.recall(number).ids, prompt.ids)
+            return at // self.block_size, *(number == other for other in openings), at, number
 
-        return max({*candidates, *openings}, key=closeness, default=None)
+        return max(candidates, key=closeness, default=None)
 
     def add(self, prompt: Prompt, session: str | None = None) -> tuple[Row, list[int]]:
         """Return what is to be said of the next request of the log, and its blocks; remember it."""
@@ -351,6 +371,8 @@ class Comparer:
         known = self.known(blocks, len(prompt.ids))
         best = self.best_predecessor(prompt, blocks, known)
         row = self.compare(prompt, known * self.block_size, best, session)
+        if not prompt.is_read:
+            row = dataclasses.replace(row, predicted_cached_tokens=0, kind=UNREAD, lost_tokens=0, answer_tokens=0)
         self.salts.setdefault(prompt.salt, deque(maxlen=HEADS_COMPARED)).append(len(self.lines))
         self.openings.update(dict.fromkeys(self.opening(prompt), len(self.lines)))
         self.keep(prompt)
@@ -400,68 +422,82 @@ class Comparer:
             kind = "another model or cache_salt" if self.salts else "first request"
             return Row(line, len(ids), found, None, kind, "", 0, "", "", 0, **alone)
         before = self.recall(number)
-        family, departs, at = self.families[number], describe(before, prompt, self.renderer), shared(before.ids, ids)
+        family, departs = self.families[number], describe(before, prompt, self.renderer)
         lost, is_other, answer = 0, False, 0
-        if departs.kind == "extended":
-            dropped, answer = self.answered(before, prompt)
+        written_ids, said_again = [], 0  # tokens: the answer to `before`; what the next prompt says again of it
+        if departs.kind == "extended" or (departs.kind == DROPPED and departs.message == len(before.messages)):
+            dropped, written_ids, said_again = self.answered(before, prompt)
             departs = dropped or departs
+        held = [*before.ids, *written_ids]  # the last token that was written has no KV
+        at = shared(held, ids)
+        if written_ids:
+            answer = max(0, self.whole_blocks(min(at, len(held) - 1, len(ids) - 1)) - cached)
         if departs.kind not in NO_BREAK and before.text is not None and prompt.messages and before.messages:
             kept = behind(departs, before, prompt, self.renderer)
             is_other = kept.is_other
             same = tokens_in(prompt, kept.same, self.renderer)
             if departs.kind in (DROPPED, OTHERWISE):
-                same += self.written_since(before, prompt)
-            most = min(at + same, len(ids) - 1)
-            lost = 0 if is_other else max(0, most // self.block_size * self.block_size - cached)
+                same, at_least = same + said_again, shared(before.ids, ids)
+            else:
+                at_least = at
+            most = self.whole_blocks(min(at_least + same, len(ids) - 1))
+            lost = 0 if is_other else max(0, most - cached - answer)
             if lost and kept.moved:
                 texts = self.moved.setdefault((family, departs.where.partition(" field")[0]), {})
                 texts.update(dict.fromkeys(kept.moved))
         kind = departs.kind
-        if not lost and kind == "user message changed":
+        if not lost and kind == "user message changed" and not self.goes_on(before, prompt):
             kind = "another conversation"
         if is_other or (not lost and not cached and departs.message in (0, -1)):
             kind, family = "another prompt", line
-        around = [self.renderer.tokenizer.decode(tokens[max(0, at - 8) : at + 8]) for tokens in (before.ids, ids)]
+        around = [self.renderer.tokenizer.decode(tokens[max(0, at - 8) : at + 8]) for tokens in (held, ids)]
         if session is None:
             session = self.sessions[number] if self.goes_on(before, prompt) else alone["session"]
         return Row(line, len(ids), found, self.lines[number], kind, departs.where, at, *around, lost,
-                   max(0, answer - cached), session, family)  # fmt: skip
+                   answer, session, family)  # fmt: skip
+
+    def whole_blocks(self, tokens: int) -> int:
+        return tokens // self.block_size * self.block_size
 
     def goes_on(self, before: Prompt, prompt: Prompt) -> bool:
         """Say whether a request is a later turn of the same conversation: what the user said last is said again."""
         if not prompt.messages or not before.messages:
             return prompt.ids[: len(before.ids)] == before.ids
         users = [[key(message) for message in p.messages if message["role"] == "user"] for p in (before, prompt)]
-        return bool(users[0]) and users[0][-1] in users[1]
+        if not users[0] or not users[1]:
+            return False
+        longer = len(prompt.messages) > len(before.messages)
+        return users[0][-1] in users[1] or (longer and users[0][0] == users[1][0])
 
-    def written_since(self, before: Prompt, prompt: Prompt) -> int:
-        """Return the tokens of the answer to `before`, as the next request has it."""
-        n = len(before.messages)
-        if len(prompt.messages) <= n or prompt.messages[n]["role"] != "assistant":
-            return 0
-        return len(self.renderer.tokens(plain(prompt.messages[n].get("content"))))
-
-    def answered(self, before: Prompt, prompt: Prompt) -> tuple[Break | None, int]:
+    def answered(self, before: Prompt, prompt: Prompt) -> tuple[Break | None, list[int], int]:
         """Say how the answer to `before`, which the engine wrote, stands in the next prompt.
 
-        Where it stands there as it was written, return how much is found then: in whole blocks, from the start; the
-        last token that was written has no KV. Else return the break. The answer is the logged one, with its reasoning;
+        Return the break, if it stands there otherwise; the tokens that the engine wrote; and how many of the tokens
+        that it holds so far the two have in common, but for where. The answer is the logged one, with its reasoning;
         where only the next request has it, the template says how it looked when it was the last message.
         """
         n = len(before.messages)
         if not self.renderer.has_template or len(prompt.messages) <= n or prompt.messages[n]["role"] != "assistant":
-            return None, 0
+            return None, [], 0
         sent = prompt.messages[n]
-        logged = before.record.answer
-        as_sent = self.continuation(before, sent)
-        as_written = self.continuation(before, self.renderer.parsed(logged)) if logged else as_sent
+        answer = self.renderer.parsed(before.record.answer) if before.record.answer else sent
+        as_sent, as_written = self.continuation(before, sent), self.continuation(before, answer)
         if as_written is None:
-            return None, 0
+            return None, [], 0
+        tokens = self.tokens_behind(before.text, as_written)
         if prompt.text.startswith(before.text + as_written):
-            count = len(before.ids) + len(self.renderer.tokens(as_written)) - 1
-            return None, min(count, len(prompt.ids) - 1) // self.block_size * self.block_size
+            return None, tokens, 0
         client = as_sent is not None and prompt.text.startswith(before.text + as_sent)
-        return Break(OTHERWISE if client else DROPPED, f"message {n} (assistant)", n), 0
+        old, new = (units(plain(message.get("content"))) for message in (answer, sent))
+        both = "".join(unit for _, y, size in equal_parts(old, new) for unit in new[y : y + size])
+        found = Break(OTHERWISE if client else DROPPED, f"message {n} (assistant)", n)
+        return found, tokens, len(self.renderer.tokens(both))
+
+    def tokens_behind(self, text: str, more: str) -> list[int]:
+        """Return the tokens of what is written behind a text; some tokenizers begin a text with one of their own."""
+        context = text[-64:]
+        ahead, both = self.renderer.tokens(context), self.renderer.tokens(context + more)
+        return both[shared(ahead, both) :]
 
     def continuation(self, before: Prompt, answer: dict) -> str | None:
         """Return what stands behind a prompt once it is answered; None where the template writes all of it anew."""

@@ -12,15 +12,16 @@ from going_further.replay.advice import Advice
 from going_further.replay.caches import RoutingResult
 from going_further.replay.comparing import Row
 from going_further.replay.logged import Logged
+from going_further.replay.records import count
 
 ROWS_SHOWN = 200
 GROUPS_SHOWN = 8
 
 
 def row_text(row: Row, measured: tuple[int, float] | None) -> str:
-    cached = f"{measured[0]:>8,}{milliseconds(measured[1]):>9}" if measured else ""
+    cached = f" {measured[0]:>7,} {milliseconds(measured[1]):>8}" if measured else ""
     why = row.kind if row.predecessor is None else f"{row.kind}, line {row.predecessor}"
-    return f"{row.line:>5}{row.prompt_tokens:>8,}{row.predicted_cached_tokens:>10,}{cached}  {why}"
+    return f"{row.line:>5} {row.prompt_tokens:>7,} {row.predicted_cached_tokens:>9,}{cached}  {why}"
 
 
 def print_row(console, row: Row, measured: tuple[int, float] | None) -> None:
@@ -45,10 +46,6 @@ def share(found: int, sent: int) -> float:
 
 def hit_rate(rows: list[Row]) -> float:
     return share(sum(row.predicted_cached_tokens for row in rows), sum(row.prompt_tokens for row in rows))
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def print_summary(console, rows: list[Row], saved_per_million: float) -> None:
@@ -81,16 +78,21 @@ def print_advice(console, advice: list[Advice]) -> None:
     if not advice:
         return
     console.print("\n[bold]What stands too early[/], and the hit rate with it behind all else (replayed)")
+    families = len({place.family for place in advice})
     for place in advice:
-        lost = f"{count(place.requests, 'request')}, {place.lost_tokens:,} tokens lost"
-        console.print(shown(f"{place.where}: {lost}"), markup=False, soft_wrap=True)
+        whose = f", prompts like line {place.family}" if families > 1 else ""
+        head = f"{place.where}{whose}: {count(place.requests, 'request')}, {place.lost_tokens:,} tokens lost"
+        console.print(shown(head), markup=False)
         texts = ", ".join(f"{text[:28]!r}" for text in place.texts)
-        console.print(f"  {texts}"[:80], markup=False, soft_wrap=True)
-        if place.moved_hit_rate > place.hit_rate:
+        if texts:
+            console.print(f"  {texts}"[:80], markup=False, soft_wrap=True)
+        if place.moved_hit_rate is not None and place.moved_hit_rate > place.hit_rate:
             rates = f"hit rate {place.hit_rate:.1%}, behind the static part {place.moved_hit_rate:.1%}"
             console.print(f"  {rates} ({count(place.replayed, 'request')} of this family)", soft_wrap=True)
-        else:
-            console.print("  moving it gains nothing: keep what was sent before, and append", soft_wrap=True)
+        elif place.texts:
+            console.print("  moving it gains nothing" + ("" if place.hint else ": keep what was sent, and append"))
+        if place.hint:
+            console.print(f"  {place.hint}", soft_wrap=True)
 
 
 def groups_of(rows: list[Row], key) -> list[tuple[str, int, int, float]]:
@@ -105,14 +107,17 @@ def groups_of(rows: list[Row], key) -> list[tuple[str, int, int, float]]:
 def print_groups(console, title: str, groups: list[tuple[str, int, int, float]]) -> None:
     if len(groups) < 2:
         return
-    console.print(f"\n[bold]{title:<40}{'requests':>10}{'tokens':>14}{'hit rate':>12}")
+    console.print()
+    head = f"{shown(title)[:39]:<40}{'requests':>10}{'tokens':>14}{'hit rate':>12}"
+    console.print(head, style="bold", markup=False)
     for name, requests, tokens, rate in groups[:GROUPS_SHOWN]:
         console.print(f"{shown(name)[:39]:<40}{requests:>10,}{tokens:>14,}{rate:>12.1%}", markup=False)
     rest = groups[GROUPS_SHOWN:]
     if rest:
-        rates = [rate for *_, rate in rest]
-        console.print(f"{f'{len(rest):,} more':<40}{sum(g[1] for g in rest):>10,}{sum(g[2] for g in rest):>14,}"
-                      f"{f'median {statistics.median(rates):.1%}':>12}", soft_wrap=True)  # fmt: skip
+        middle = statistics.median(rate for *_, rate in rest)
+        name, requests = f"{len(rest):,} more, in the median", sum(group[1] for group in rest)
+        tokens = sum(group[2] for group in rest)
+        console.print(f"{name:<40}{requests:>10,}{tokens:>14,}{middle:>12.1%}", markup=False)
 
 
 def print_sessions(console, groups: list[tuple[str, int, int, float]]) -> None:

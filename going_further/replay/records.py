@@ -38,3 +38,8 @@ class LeftOut:
 
     line: int
     reason: str
+
+
+def count(number: int, noun: str) -> str:
+    """Write a number of things."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"

@@ -19,8 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple
 
+from going_further import common
 from going_further.common import BROKEN_FILES, LessonError, shown, telling_line
 from going_further.replay.records import Record
+from going_further.replay.shapes import media
 
 RELIES_ON = (
     "vllm:AsyncEngineArgs.create_engine_config",
@@ -73,6 +75,7 @@ class Prompt:
     tools: list[dict] | None = None
     variables: dict = dataclasses.field(default_factory=dict)  # what else the template got
     salt: tuple = ()  # what splits the cache beside the tokens: the model's name, `cache_salt`
+    is_read: bool = True  # whether vLLM looks it up in the cache; if not, it stores it all the same
     ignored: tuple[str, ...] = ()  # fields that vLLM does not know
     encoding: object = None  # the tokenizer's own; kept while a prompt is looked at
 
@@ -87,11 +90,13 @@ def quiet() -> Iterator[None]:
     """Keep what a library prints, also from C, from the terminal."""
     with tempfile.TemporaryFile() as nowhere:
         kept = os.dup(1), os.dup(2)
+        common.errors = kept[1]  # where a signal is answered
         os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(kept[0], 1), os.dup2(kept[1], 2)
+            common.errors = 2
             os.close(kept[0]), os.close(kept[1])
 
 
@@ -118,6 +123,7 @@ class Renderer:
         self.max_model_len = self.model_config.max_model_len
         self.model_config.max_model_len = 2**31 - 1  # what is longer is analysed all the same, and named
         self.refusal = VLLMValidationError
+        self.vocabulary = self.model_config.get_vocab_size()
         self.is_mistral = is_mistral_tokenizer(self.tokenizer)
         if self.model_config.hf_config.model_type == "gpt_oss":
             raise LessonError(f"{model}: prompts of gpt-oss are written by openai-harmony, which is not replayed here")
@@ -145,10 +151,12 @@ class Renderer:
     def check_rules(self) -> None:
         """Raise LessonError for a model whose cache follows other rules than whole blocks of one prefix."""
         shape = self.model_config
-        if shape.is_hybrid or shape.is_attention_free:
+        layers = set(shape.hf_text_config.to_dict().get("layer_types") or ())
+        others = layers - {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+        if shape.is_hybrid or shape.is_attention_free or others:
             raise LessonError(f"{self.model} has Mamba or linear attention layers: which of their states vLLM keeps "
                               "for a prefix is not predicted here")  # fmt: skip
-        if getattr(shape.hf_text_config, "attention_chunk_size", None):
+        if getattr(shape.hf_text_config, "attention_chunk_size", None) or "chunked_attention" in layers:
             raise LessonError(f"{self.model} has chunked local attention: what vLLM keeps of it is not predicted here")
         if not self.config.cache_config.enable_prefix_caching:
             raise LessonError(f"vLLM has no prefix caching for {self.model} here: choose another --model")
@@ -172,6 +180,8 @@ class Renderer:
 
     def prompt(self, record: Record) -> Prompt:
         """Return a request as the model gets it; CannotRender says why vLLM's server would not take it."""
+        if without_text := media(record.body):  # vLLM would go and load it
+            raise CannotRender(without_text)
         try:
             with no_warnings():
                 return self.prompt_of(dataclasses.replace(record, body=copy.deepcopy(record.body)), record)
@@ -180,15 +190,23 @@ class Renderer:
 
     def prompt_of(self, asked: Record, record: Record) -> Prompt:
         """Render a request; vLLM's parsers write into its body, so `asked` is a copy of `record`."""
-        salt = asked.body.get("model"), asked.body.get("cache_salt")
+        body = asked.body
+        salt = body.get("model"), body.get("cache_salt")
+        if not all(part is None or isinstance(part, str) for part in salt):
+            raise CannotRender("a model or cache_salt that is no text")
+        for field in ("prompt_embeds", "kv_transfer_params"):
+            if body.get(field):
+                raise CannotRender(f"it brings what the prompt would be made of: {field}")
         if asked.api == "tokens":
-            ids = asked.body["prompt_token_ids"]
-            if not all(type(token) is int and token >= 0 for token in ids):
-                raise CannotRender("token ids that are no whole numbers")
-            return Prompt(record, None, ids, salt=salt)
+            ids = body["prompt_token_ids"]
+            if not all(type(token) is int and 0 <= token < self.vocabulary for token in ids):
+                raise CannotRender("token ids that are no whole numbers, or beyond this model's vocabulary")
+            return Prompt(record, None, ids, salt=salt, is_read=body.get("prompt_logprobs") is None)
         if asked.api == "completions":
             return self.completion(asked, record, salt)
         request, messages, tools = self.chat(asked)
+        if getattr(request, "truncate_prompt_tokens", None) is not None:
+            raise CannotRender("truncate_prompt_tokens cuts this prompt, which is not replayed here")
         params = request.build_chat_params(None, "auto").with_defaults({"tools": tools, "tokenize": self.is_mistral})
         conversation, rendered = self.vllm_renderer.render_messages(messages, params)
         variables = {
@@ -203,11 +221,20 @@ class Renderer:
         text, ids, encoding = rendered.get("prompt"), rendered.get("prompt_token_ids"), None
         if ids is None:
             ids, encoding = self.encode(text, bool(getattr(request, "add_special_tokens", False)))
-        most = getattr(request, "truncate_prompt_tokens", None)
-        if most is not None:
-            raise CannotRender("truncate_prompt_tokens cuts this prompt, which is not replayed here")
-        return Prompt(record, text or self.tokenizer.decode(ids), list(ids), conversation, tools, variables, salt,
-                      ignored, encoding)  # fmt: skip
+        # vLLM reads no cache where it is asked for the prompt's probabilities: they have to be computed.
+        is_read = getattr(request, "prompt_logprobs", None) is None and not getattr(request, "echo", False)
+        return Prompt(
+            record,
+            text or self.tokenizer.decode(ids),
+            list(ids),
+            conversation,
+            tools,
+            variables,
+            salt,
+            is_read,
+            ignored,
+            encoding,
+        )
 
     def chat(self, asked: Record) -> tuple[object, list, list[dict] | None]:
         """Return vLLM's request object of a chat, its messages, and its tools as the template gets them."""
@@ -242,7 +269,7 @@ class Renderer:
         from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
         from vllm.entrypoints.anthropic.serving import AnthropicServingMessages as Serving
 
-        request = AnthropicMessagesRequest.model_validate({"model": "", "max_tokens": 1, **body})
+        request = AnthropicMessagesRequest.model_validate({"model": "any", "max_tokens": 1, **body})
         if not hasattr(Serving, "to_chat_completion_request"):  # vLLM 0.26
             return Serving._convert_anthropic_to_openai_request(request, merge_inline_system=self.merges_system)
         thinking = getattr(request, "thinking", None)
@@ -285,11 +312,14 @@ class Renderer:
     def completion(self, asked: Record, record: Record, salt: tuple) -> Prompt:
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-        request = CompletionRequest.model_validate({"model": "", **asked.body})
+        request = CompletionRequest.model_validate({"model": "any", **asked.body})
         if request.suffix is not None or not isinstance(request.prompt, str):
             raise CannotRender("a completion with a suffix, or without a text")
+        if request.truncate_prompt_tokens is not None:
+            raise CannotRender("truncate_prompt_tokens cuts this prompt, which is not replayed here")
         ids, encoding = self.encode(request.prompt, request.add_special_tokens)
-        return Prompt(record, request.prompt, ids, salt=salt, encoding=encoding)
+        is_read = request.prompt_logprobs is None and not (request.echo and request.logprobs is not None)
+        return Prompt(record, request.prompt, ids, salt=salt, is_read=is_read, encoding=encoding)
 
     def encode(self, text: str, special: bool = False) -> tuple[list[int], object]:
         """Return the token ids of a text, and what knows where they stand in it, which a slow tokenizer has not."""
@@ -299,7 +329,7 @@ class Renderer:
         return encoded["input_ids"], encoded.encodings[0] if encoded.encodings else None
 
     def tokens(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     # --- where things stand in a prompt ---
 
@@ -369,8 +399,16 @@ def reason(error: BaseException) -> str:
     faults = error.errors() if hasattr(error, "errors") else []
     if not faults:
         return telling_line(error)
-    *_, first = sorted(faults, key=lambda fault: -len(fault["loc"]))  # of a union's members, the one that fits worst
-    return f"{'.'.join(str(part) for part in first['loc'][:4])}: {first['msg']}"[:250]
+
+    def says_little(fault: dict) -> tuple:
+        """A message may be of several classes, and is wrong in each of them in another way."""
+        last = [part for part in fault["loc"] if isinstance(part, str) and part[:1].islower()][-1:]
+        is_missing = fault["type"] == "missing"
+        return last != ["role"] or not is_missing, last != ["content"], not is_missing, len(fault["loc"])
+
+    fault = min(faults, key=says_little)
+    place = ".".join(str(part) for part in fault["loc"] if isinstance(part, int) or str(part)[:1].islower())
+    return f"{place}: {fault['msg']}".removeprefix(": ")[:250]
 
 
 def plain(content: str | list | None) -> str:

@@ -71,10 +71,10 @@ def is_numbers(value: object) -> bool:
 
 
 def count(value: object) -> int | None:
-    """Return a number of tokens; None for what is none: a text, true, a negative number."""
+    """Return a number of tokens; None for what is none: a text, true, a negative number, more than a billion."""
     if isinstance(value, float) and value.is_integer():  # as scripts in JavaScript and pandas write it
         value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 10**9 else None
 
 
 def seconds(value: object) -> float | None:
@@ -205,7 +205,7 @@ def media_in(part: dict) -> str | None:
     """Return what a message or a part of one holds beside text, as a reason; parts may lie in parts."""
     kind = part.get("type")
     found = kind if isinstance(kind, str) and kind in MEDIA else None
-    if found is None and "type" not in part:  # vLLM takes {"image_url": ...} too
+    if found is None and ("type" not in part or "uuid" in part):  # vLLM takes {"image_url": ...} too
         found = next((name for name in MEDIA if name in part and part[name] not in (None, [])), None)
     if found:
         modality = {"image": "an image", "audio": "audio", "video": "a video"}.get(str(part.get("modality")))
@@ -368,6 +368,15 @@ def is_litellm(entry: dict) -> bool:
     return isinstance(entry.get("call_type"), str) and any(name in entry for name in own)
 
 
+def is_cut_by_litellm(body: dict) -> bool:
+    """Say whether a text in a body is not whole: spend rows hold long ones shortened, and redacted ones as a word."""
+    texts = [body.get("prompt"), body.get("system")]
+    for message in [*objects(body.get("messages")), *objects(body.get("input"))]:
+        texts += [message.get("content"), *(part.get("text") for part in objects(message.get("content")))]
+    cut = [text for text in texts if isinstance(text, str)]
+    return any("(litellm_truncated " in text or text == "redacted-by-litellm" for text in cut)
+
+
 def read_litellm(entry: dict, line: int) -> Iterator[Record]:
     """Read a StandardLoggingPayload (docs.litellm.ai/docs/proxy/logging_spec) or a row of LiteLLM_SpendLogs."""
     sent = as_object(entry.get("proxy_server_request"))
@@ -386,6 +395,8 @@ def read_litellm(entry: dict, line: int) -> Iterator[Record]:
     api = "messages" if "anthropic_messages" in kind and is_messages(body.get("messages")) else api_of_fields(body)
     if api is None:
         raise Unfit("no messages in this entry of LiteLLM's: does it store prompts?")
+    if is_cut_by_litellm(body):
+        raise Unfit("LiteLLM has cut or redacted this request's texts")
     response, metadata = as_object(entry.get("response")), as_object(entry.get("metadata"))
     more = as_object(metadata.get("additional_usage_values"))
     counted = {name: entry.get(name) for name in ("prompt_tokens", "completion_tokens")}
@@ -520,17 +531,21 @@ def of_numbered(fields: dict) -> dict:
     return message
 
 
-def tools_of(attributes: dict) -> list[dict]:
-    """Return the tools as OpenAI's chat API has them, with the function under its name."""
-    tools = objects(as_json(attributes.get("gen_ai.tool.definitions")))
-    tools = tools or numbered(attributes, "llm.request.functions.")
-    wrapped = []
+def wrapped(tools: list[dict]) -> list[dict]:
+    """Return tools as OpenAI's chat API has them, with the function under its name; some logs hold functions alone."""
+    found = []
     for tool in tools:
         function = {name: value for name, value in tool.items() if name != "type"}
         if "parameters" in function:
             function["parameters"] = as_json(function["parameters"])
-        wrapped.append(tool if "function" in tool else {"type": "function", "function": function})
-    return wrapped
+        found.append(tool if "function" in tool else {"type": "function", "function": function})
+    return found
+
+
+def tools_of(attributes: dict) -> list[dict]:
+    """Return the tools of a span, from the attribute of today or the older ones."""
+    tools = objects(as_json(attributes.get("gen_ai.tool.definitions")))
+    return wrapped(tools or numbered(attributes, "llm.request.functions."))
 
 
 def read_otel(entry: dict, line: int) -> Iterator[Record]:
@@ -593,7 +608,7 @@ def read_sharegpt(entry: dict, line: int) -> Iterator[Record]:
     messages, asked = [], False
     if isinstance(entry.get("system"), str) and entry["system"]:
         messages.append({"role": "system", "content": entry["system"]})
-    more = {"tools": tools} if (tools := objects(as_json(entry.get("tools")))) else {}
+    more = {"tools": wrapped(tools)} if (tools := objects(as_json(entry.get("tools")))) else {}
     if not is_sharegpt(entry):
         raise Unfit("no `conversations` of {from, value}")
     for n, turn in enumerate(entry["conversations"]):

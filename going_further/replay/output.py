@@ -6,6 +6,8 @@ import itertools
 import statistics
 from collections import Counter
 
+from rich.cells import chop_cells
+
 from going_further.common import milliseconds, shown
 from going_further.replay import logged as reasons
 from going_further.replay.advice import Advice
@@ -16,6 +18,11 @@ from going_further.replay.records import count
 
 ROWS_SHOWN = 200
 GROUPS_SHOWN = 8
+
+
+def cut(text: str) -> str:
+    """Return what of a text fits into 80 columns; some characters take two."""
+    return chop_cells(text, 80)[0]
 
 
 def row_text(row: Row, measured: tuple[int, float] | None) -> str:
@@ -30,7 +37,7 @@ def print_row(console, row: Row, measured: tuple[int, float] | None) -> None:
         where = f"{'':7}{row.where}, token {row.token:,}: {row.lost_tokens:,} tokens lost"
         console.print(shown(where), markup=False)
         for text in (row.before, row.after):
-            console.print(f"{'':9}{text[-70:]!r}"[:80], markup=False)
+            console.print(cut(f"{'':9}{text[-70:]!r}"), markup=False)
 
 
 def rows_to_show(rows: list[Row]) -> list[Row]:
@@ -85,7 +92,7 @@ def print_advice(console, advice: list[Advice]) -> None:
         console.print(shown(head), markup=False)
         texts = ", ".join(f"{text[:28]!r}" for text in place.texts)
         if texts:
-            console.print(f"  {texts}"[:80], markup=False, soft_wrap=True)
+            console.print(cut(f"  {texts}"), markup=False, soft_wrap=True)
         if place.moved_hit_rate is not None and place.moved_hit_rate > place.hit_rate:
             rates = f"hit rate {place.hit_rate:.1%}, behind the static part {place.moved_hit_rate:.1%}"
             console.print(f"  {rates} ({count(place.replayed, 'request')} of this family)", soft_wrap=True)

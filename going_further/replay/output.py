@@ -6,8 +6,6 @@ import itertools
 import statistics
 from collections import Counter
 
-from rich.cells import chop_cells
-
 from going_further.common import milliseconds, shown
 from going_further.replay import logged as reasons
 from going_further.replay.advice import Advice
@@ -22,6 +20,8 @@ GROUPS_SHOWN = 8
 
 def cut(text: str) -> str:
     """Return what of a text fits into 80 columns; some characters take two."""
+    from rich.cells import chop_cells
+
     return chop_cells(text, 80)[0]
 
 

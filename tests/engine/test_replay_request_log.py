@@ -63,6 +63,36 @@ def test_every_request_of_a_log_is_cached_as_predicted(model: str, tmp_path: Pat
     assert all(claim["holds"] for claim in result["claims"])
 
 
+def test_requests_of_all_apis_and_what_splits_the_cache_are_found_as_predicted(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "Where is my order? " * 20}
+    chat = {"messages": [SYSTEM, question]}
+    bodies = [
+        chat,
+        chat,
+        chat | {"model": "an-adapter"},
+        chat | {"cache_salt": "tenant"},
+        chat | {"cache_salt": "tenant"},
+        {"model": "m", "system": SYSTEM["content"], "messages": [question], "max_tokens": 5},
+        {"model": "m", "instructions": SYSTEM["content"], "input": question["content"]},
+        {"prompt": SYSTEM["content"] * 2},
+        {"prompt": SYSTEM["content"] * 2 + "And so on."},
+        {"prompt_token_ids": [*range(300, 420)] * 3},
+        {"prompt_token_ids": [*range(300, 420)] * 4},
+    ]
+    path, out = tmp_path / "log.jsonl", tmp_path / "out.json"
+    path.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+    done = replay(path, "--json", out, "--block-size", "32", "--fail-under", "99")
+    result = json.loads(out.read_text())
+    failed = {claim["claim"] for claim in result["claims"] if not claim["holds"]}
+    assert (done.returncode, failed) == (1, {"the hit rate is at least 99 %"}), done.stdout + done.stderr
+    cached = [row["predicted_cached_tokens"] for row in result["requests"]]
+    prompt = result["requests"][0]["prompt_tokens"]
+    whole = (prompt - 1) // 32 * 32
+    assert cached[:5] == [0, whole, 0, 0, whole]
+    assert cached[5:7] == [0, whole], "two APIs, one model's name, and the same prompt"
+    assert all(cached[n] > 0 for n in (8, 10))
+
+
 def test_a_log_that_cannot_be_read_is_told_before_vllm_is_imported(tmp_path: Path) -> None:
     done = replay(tmp_path / "none.jsonl")
     assert done.returncode == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -332,7 +333,8 @@ class Comparer:
         return dataclasses.replace(prompt, ids=prompt.ids.tolist())
 
     def keep(self, prompt: Prompt) -> None:
-        prompt = dataclasses.replace(prompt, encoding=None)
+        record = dataclasses.replace(prompt.record, body={}, entry={})  # its messages are in the prompt
+        prompt = dataclasses.replace(prompt, record=record, encoding=None)
         try:
             self.store.seek(0, 2)
             self.places.append(self.store.tell())
@@ -432,16 +434,11 @@ class Comparer:
         at = shared(held, ids)
         if written_ids:
             answer = max(0, self.whole_blocks(min(at, len(held) - 1, len(ids) - 1)) - cached)
-        if departs.kind not in NO_BREAK and before.text is not None and prompt.messages and before.messages:
+        if departs.kind not in NO_BREAK and before.messages and prompt.messages:
             kept = behind(departs, before, prompt, self.renderer)
             is_other = kept.is_other
-            same = tokens_in(prompt, kept.same, self.renderer)
-            if departs.kind in (DROPPED, OTHERWISE):
-                same, at_least = same + said_again, shared(before.ids, ids)
-            else:
-                at_least = at
-            most = self.whole_blocks(min(at_least + same, len(ids) - 1))
-            lost = 0 if is_other else max(0, most - cached - answer)
+            same = shared(before.ids, ids) + tokens_in(prompt, kept.same, self.renderer) + said_again
+            lost = 0 if is_other else max(0, self.whole_blocks(min(same, len(ids) - 1)) - cached - answer)
             if lost and kept.moved:
                 texts = self.moved.setdefault((family, departs.where.partition(" field")[0]), {})
                 texts.update(dict.fromkeys(kept.moved))
@@ -479,8 +476,10 @@ class Comparer:
         n = len(before.messages)
         if not self.renderer.has_template or len(prompt.messages) <= n or prompt.messages[n]["role"] != "assistant":
             return None, [], 0
-        sent = prompt.messages[n]
-        answer = self.renderer.parsed(before.record.answer) if before.record.answer else sent
+        sent = answer = prompt.messages[n]
+        if before.record.answer:
+            with contextlib.suppress(CannotRender):  # a log may hold something else there
+                answer = self.renderer.parsed(before.record.answer)
         as_sent, as_written = self.continuation(before, sent), self.continuation(before, answer)
         if as_written is None:
             return None, [], 0

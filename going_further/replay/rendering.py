@@ -194,9 +194,9 @@ class Renderer:
         salt = body.get("model"), body.get("cache_salt")
         if not all(part is None or isinstance(part, str) for part in salt):
             raise CannotRender("a model or cache_salt that is no text")
-        for field in ("prompt_embeds", "kv_transfer_params"):
-            if body.get(field):
-                raise CannotRender(f"it brings what the prompt would be made of: {field}")
+        transferred = body.get("kv_transfer_params")
+        if body.get("prompt_embeds") or (isinstance(transferred, dict) and transferred.get("prompt_token_ids")):
+            raise CannotRender("it brings its prompt as embeddings, or with the KV of another server")
         if asked.api == "tokens":
             ids = body["prompt_token_ids"]
             if not all(type(token) is int and 0 <= token < self.vocabulary for token in ids):

@@ -151,9 +151,9 @@ def advice_rows(places: list[dict]) -> list[list]:
             f"{whole(place['requests']):,}",
             f"{whole(place['lost_tokens']):,}",
             f"{rate(place['hit_rate']):.1%}",
-            f"{rate(place['moved_hit_rate']):.1%}",
+            "-" if place["moved_hit_rate"] is None else f"{rate(place['moved_hit_rate']):.1%}",
             f"{whole(place['replayed']):,}",
-            [text(moved) for moved in items(place["texts"])[:ROWS_SHOWN]],
+            [text(line) for line in [*items(place["texts"])[:ROWS_SHOWN], place["hint"]] if line],
         ]
         for place in items(places)
     ]

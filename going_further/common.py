@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import locale
 import os
 import re
 import signal
@@ -132,6 +133,7 @@ __all__ = [
     "telling_line",
     "time_verdict",
     "use_python_with_vllm",
+    "use_utf8",
     "worker_places",
     "write_json",
 ]
@@ -182,6 +184,16 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.predict:
         parser.error("--predict asks about a lesson: take one of the four")
     return args
+
+
+def use_utf8() -> None:
+    """Go on in Python's UTF-8 mode where the locale is another: vLLM reads its own files in the locale's encoding.
+
+    What is printed stays in the encoding that standard output has.
+    """
+    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        encoding = {"PYTHONUTF8": "1", "PYTHONIOENCODING": sys.stdout.encoding}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | encoding)
 
 
 def import_transformers() -> ModuleType:

@@ -44,12 +44,14 @@ from going_further.common import (
     engine_parser,
     find_model,
     good_messages,
+    import_transformers,
     report,
     run_command,
     run_lesson,
     shown,
     system_prompt,
     use_python_with_vllm,
+    use_utf8,
     write_json,
 )
 from going_further.replay.analysis import prompts_in
@@ -363,6 +365,7 @@ def workloads(args: argparse.Namespace, renderer: Renderer) -> dict[str, Callabl
 def without_engine(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    import_transformers()  # a faulty environment is told of here
     console, renderer = Console(width=80, highlight=False), Renderer(find_model(args.model or str(BUILT_IN)))
     block_size, results = args.block_size or 16, []
     console.print(f"blocks of {block_size} tokens, nothing was sent")
@@ -425,6 +428,7 @@ def ask_indexes(args: argparse.Namespace) -> int:
     if not args.without_engine:
         return run_lesson(args, with_engine)
     use_python_with_vllm()
+    use_utf8()
     return without_engine(args)
 
 

@@ -1,21 +1,29 @@
-"""Replay a log of requests and see where each one stopped matching the cache: prompt, template, eviction or routing?
+"""Why does my server miss: the prompt, the template, eviction or routing?
 
     python -m going_further.replay_request_log FILE
     python -m going_further.replay_request_log FILE --without-engine
-    python -m going_further.replay_request_log FILE --without-engine --cache-tokens 200000 --replicas 4 --fail-under 60
+    python -m going_further.replay_request_log FILE --without-engine \\
+        --cache-tokens 200000 --replicas 4 --fail-under 60
 
-FILE is what you have: requests of OpenAI's chat, Responses and completions APIs or Anthropic's Messages API, batch
-input, logs of LiteLLM, Langfuse, Helicone, OpenTelemetry or vLLM itself, ShareGPT, token ids, traces of hashes; JSON
-lines, an array, gzip. vLLM's own code renders the requests. For each: prompt tokens, cached tokens as predicted (and as
-measured, for they are sent one at a time, in their order), and its best predecessor. Where the prompt departs from that
-one is told by message, role, and field if it is in JSON. Last, what each kind of break has cost.
+Replays a log of requests and tells where each one stopped matching the cache.
+FILE is what you have: requests of OpenAI's chat, Responses and completions
+APIs or Anthropic's Messages API, batch input, logs of LiteLLM, Langfuse,
+Helicone, OpenTelemetry or vLLM itself, ShareGPT, token ids, traces of hashes;
+JSON lines, an array, gzip. vLLM's own code renders the requests. For each:
+prompt tokens, cached tokens as predicted (and as measured, for they are sent
+one at a time, in their order), and its best predecessor, the latest request
+that shares most. Where the prompt departs from that one is told by message,
+role, and field if it is in JSON. Last, what each kind of break has cost.
 
-A token is lost if it stands behind a break, is the same as before, and was computed again: another layout could have
-kept it. What stands too early is named, with the hit rate of the same log with that behind the static part.
+A token is lost if it stands behind a break, is the same as before, and was
+computed again: another layout could have kept it. What stands too early is
+named, with the hit rate of the same log with that behind the static part.
 
---without-engine does all but sending: for large logs, caches of any size, and several replicas. Where a log tells what
-the server found, that stands beside the prediction, and the difference is sorted by its reason. Time is linear in
-tokens. Memory is bounded: the hashes of four million blocks, 64 prompts; the others wait in a temporary file.
+--without-engine does all but sending: for large logs, caches of any size, and
+several replicas. Where a log tells what the server found, that stands beside
+the prediction, and the difference is sorted by its reason. Time is linear in
+tokens. Prompts wait in a temporary file; in memory are 64 of them, and some
+100 bytes for each block that is known. All of it: docs/replay.md.
 """
 
 from __future__ import annotations
@@ -36,10 +44,14 @@ from going_further.common import (
     at_least,
     engine_parser,
     find_model,
+    import_transformers,
     price,
     run_command,
     run_lesson,
+    shown,
+    telling_line,
     use_python_with_vllm,
+    use_utf8,
     write_json,
 )
 from going_further.replay.advice import advise
@@ -74,22 +86,29 @@ def options_of(args: argparse.Namespace) -> Options:
 def print_findings(console, found: Analysis, args: argparse.Namespace) -> dict:
     """Print all that is found out without an engine beside the rows, and return it as it stands in the JSON."""
     rows, block_size = found.rows, found.comparer.block_size
-    print_summary(console, rows, args.price_input - args.price_cached)
+    print_summary(console, rows, args.price_input, args.price_cached)
     advice = advise(found.comparer, rows)
     print_advice(console, advice)
     families, sessions = groups_of(rows, lambda row: f"line {row.family}"), groups_of(rows, lambda row: row.session)
     print_groups(console, "prompt family, by its first request", families)
     print_sessions(console, sessions)
-    groups = groups_of(rows, lambda row: row.group) if args.group_by else []
+    groups = groups_of(rows, lambda row: "(no value)" if row.group is None else row.group) if args.group_by else []
     print_groups(console, args.group_by or "", groups)
     logged = explain(rows, found.arrivals, block_size)
     if logged is not None:
         print_logged(console, logged)
     routing = []
     if args.replicas:
-        routing = route_log(found.arrivals, args.replicas, block_size, args.cache_tokens, args.ttl)
+        drops = found.comparer.drops_last_block
+        routing = route_log(found.arrivals, args.replicas, block_size, args.cache_tokens, args.ttl, drops)
         print_routing(console, routing, args.replicas)
     notes = notes_on(found)
+    named = [str(model) for model in found.models if model]
+    if named and not args.model:
+        notes.append(f"the log names {named[0]}: give --model and --block-size as its server has them")
+    if logged is not None and logged.block_size:
+        notes.append(f"what the server found is always a multiple of {logged.block_size}: has it such blocks? "
+                     f"give --block-size {logged.block_size}")  # fmt: skip
     print_notes(console, notes)
     return {
         "requests": rows,
@@ -113,12 +132,16 @@ def without_engine(args: argparse.Namespace) -> int:
     renderer, block_size = None, block_size_of(path, options)
     if block_size is None:
         block_size = args.block_size or 16
-        renderer = Renderer(find_model(args.model or str(HERE / "built_in_model" / "cpu")), args.speculative_config)
+        import_transformers()  # a faulty environment is told of here
+        name = find_model(args.model or str(HERE / "built_in_model" / "cpu"))
+        renderer = Renderer(name, args.speculative_config, *template_of(args))
         renderer.check_rules()
     elif args.block_size not in (None, block_size):
         raise UsageError(f"this trace has blocks of {block_size} tokens, --block-size asks for {args.block_size}")
     found = analyse(path, renderer, block_size, options, console)
-    console.print(f"blocks of {block_size} tokens, nothing was sent\n[bold] line  prompt predicted  best predecessor")
+    whose = "" if renderer is None else f"template and tokenizer: {args.model or 'built_in_model/cpu'}; "
+    console.print(shown(f"{whose}blocks of {block_size} tokens; nothing was sent"), markup=False)
+    console.print("[bold] line  prompt predicted  best predecessor")
     for row in rows_to_show(found.rows):
         print_row(console, row, None)
     result = print_findings(console, found, args)
@@ -127,6 +150,17 @@ def without_engine(args: argparse.Namespace) -> int:
         environment = {"model": model, "block_size": block_size}
         write_json(args.json, {"schema": 1, "lesson": "replay_request_log", "environment": environment, **result})
     return 1 if below(args, found) else 0
+
+
+def template_of(args: argparse.Namespace) -> tuple[str | None, dict | None]:
+    """Return the server's chat template and the defaults of its variables, as far as they are not the model's own."""
+    text = None
+    if args.chat_template:
+        try:
+            text = Path(args.chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read {args.chat_template}: {telling_line(error)}") from error
+    return text, args.default_chat_template_kwargs
 
 
 def below(args: argparse.Namespace, found: Analysis) -> bool:
@@ -143,7 +177,7 @@ async def with_engine(run: Run) -> None:
     path, args, model, options = Path(run.args.file), run.args, run.model, options_of(run.args)
     if block_size_of(path, options) is not None:
         raise UsageError("a trace of hashes has no prompts to be sent: use --without-engine")
-    renderer = Renderer(model.name)
+    renderer = Renderer(model.name, None, *template_of(args))
     renderer.check_rules()
     # The engine is started without the hybrid manager.
     options = dataclasses.replace(options, disable_hybrid_kv_cache_manager=True)
@@ -212,7 +246,13 @@ def replay(args: argparse.Namespace) -> int:
     if not args.without_engine:
         return run_lesson(args, with_engine)
     use_python_with_vllm()
+    use_utf8()
     return without_engine(args)
+
+
+def tokens(text: str) -> int:
+    """Read a number of tokens, also as vLLM prints it, with commas."""
+    return at_least(1)(text.replace(",", ""))
 
 
 def percent(text: str) -> float:
@@ -246,10 +286,12 @@ def main() -> int:
     add("--session-field", metavar="PATH", help="where an entry names its session, like metadata.session_id")
     add("--group-by", metavar="PATH", help="a field, like metadata.tenant: hit rate for each of its values")
     add("--one-model", action="store_true", help="the models that the log names are one, under several names")
-    add("--cache-tokens", type=at_least(1), metavar="N", help="a KV cache of N tokens, with vLLM's order of eviction")
+    add("--cache-tokens", type=tokens, metavar="N", help="a KV cache of N tokens, with vLLM's order of eviction")
     add("--ttl", type=at_least(1), metavar="SECONDS", help="forget what was not used for so long; needs times")
     add("--replicas", type=at_least(2, 1_000), metavar="N", help="compare ways of routing to N replicas")
     add("--speculative-config", type=json_object, metavar="JSON", help="as vLLM's option of that name")
+    add("--chat-template", metavar="FILE", help="as vLLM's option of that name")
+    add("--default-chat-template-kwargs", type=json_object, metavar="JSON", help="as vLLM's option of that name")
     add("--disable-hybrid-kv-cache-manager", action="store_true", help="as vLLM's option of that name")
     add("--fail-under", type=percent, metavar="PERCENT", help="exit status 1 if the hit rate is lower: for CI")
     add("--price-input", type=price, default=3.00, help="$ per million computed tokens (example: 3.00)")

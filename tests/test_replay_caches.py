@@ -168,6 +168,18 @@ def test_a_prompt_that_does_not_fit_finds_what_is_there_and_leaves_no_trace() ->
     assert cache.too_long == 1
 
 
+def test_with_speculative_decoding_the_last_block_that_is_found_is_computed_once_more() -> None:
+    chain = list(range(1, 6))
+    for cache in (PrefixCache(16, drops_last_block=True), PrefixCache(16, 1600, drops_last_block=True)):
+        assert [cache.request(chain, 80), cache.request(chain, 80), cache.find(chain[:1], 20)] == [0, 48, 0]
+
+
+def test_what_is_not_read_finds_nothing_and_is_stored_all_the_same() -> None:
+    cache, chain = PrefixCache(16, 1600), list(range(1, 6))
+    assert [cache.request(chain, 80), cache.request(chain, 80, is_read=False), cache.request(chain, 80)] == [0, 0, 64]
+    assert cache.computed_tokens == 80 + 80 + 16
+
+
 def test_the_tail_is_evicted_before_the_head() -> None:
     cache = PrefixCache(4, 5 * 4)
     cache.request([1, 2, 3], 12)

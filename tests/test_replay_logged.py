@@ -17,7 +17,17 @@ from going_further.replay import logged
 from going_further.replay.analysis import Options, analyse
 from going_further.replay.caches import Arrival, PrefixCache
 from going_further.replay.comparing import Row
-from going_further.replay.logged import EVICTED, LAYOUT, NEVER, NEW, OTHERWISE, REPLICA, TEMPLATE, Logged, explain
+from going_further.replay.logged import (
+    COUNTED_OTHERWISE,
+    EVICTED,
+    LAYOUT,
+    NEVER,
+    NEW,
+    REPLICA,
+    TEMPLATE,
+    Logged,
+    explain,
+)
 from going_further.replay.rendering import Renderer
 
 ROOT = Path(__file__).parent.parent
@@ -148,7 +158,7 @@ def test_another_number_of_prompt_tokens_is_another_prompt_or_tokenizer(tmp_path
     for other, is_otherwise in ((tokens + 200, True), (tokens - 200, True), (tokens + 5, False), (tokens - 5, False)):
         rows[2] = dataclasses.replace(rows[2], logged_prompt_tokens=other, logged_cached_tokens=min(cached, other))
         said = explain(rows, found.arrivals, BLOCK)
-        assert said.computed[OTHERWISE] == (other - rows[2].logged_cached_tokens if is_otherwise else 0)
+        assert said.computed[COUNTED_OTHERWISE] == (other - rows[2].logged_cached_tokens if is_otherwise else 0)
         assert adds_up(said)
 
 

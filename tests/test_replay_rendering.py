@@ -225,13 +225,50 @@ def ids_of_replayer(renderer: Renderer, body: dict, api: str) -> list[int] | Non
 # --- what is relied on ---
 
 
-@pytest.mark.parametrize("name", rendering.RELIES_ON)
-def test_what_is_relied_on_is_there(name: str) -> None:
+def is_there(name: str) -> bool:
     module, _, path = name.partition(":")
     found = importlib.import_module(module)
     for attribute in path.split("."):
-        found = getattr(found, attribute)
-    assert callable(found)
+        found = getattr(found, attribute, None)
+    return callable(found) or isinstance(found, property)
+
+
+@pytest.mark.parametrize("name", rendering.RELIES_ON)
+def test_what_is_relied_on_is_there(name: str) -> None:
+    assert is_there(name)
+
+
+@pytest.mark.parametrize("names", rendering.RELIES_ON_ONE_OF)
+def test_of_what_has_two_names_one_is_there(names: tuple[str, str]) -> None:
+    assert any(map(is_there, names))
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token_of_its_own_does_so_where_vllm_lets_it(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "llama", template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    pieces = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    begin = {"id": "<s>", "ids": [1], "tokens": ["<s>"]}
+    tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": pieces, "pair": [*pieces, *pieces[1:]],
+                                   "special_tokens": {"<s>": begin}}  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    renderer = Renderer(str(folder))
+    text = "Which lamp is brightest?"
+    for api, body in (("chat", {"messages": [{"role": "user", "content": text}]}), ("completions", {"prompt": text}),
+                      ("responses", {"model": "m", "input": text})):  # fmt: skip
+        ids = renderer.prompt(record(body, api)).ids
+        assert (ids[0] == 1) == (api != "chat"), api
+        if api != "completions":
+            assert ids == ids_of_server(renderer, body, api)
+
+
+def test_a_server_s_own_template_and_defaults_are_taken(tmp_path: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "Which lamp?"}]}
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}{{ mood }}"
+    renderer = Renderer(str(BUILT_IN), None, template, {"mood": "glad"})
+    prompt = renderer.prompt(record(body))
+    assert prompt.text == "<Which lamp?>glad"
+    assert renderer.prompt(record(body | {"chat_template_kwargs": {"mood": "sad"}})).text == "<Which lamp?>sad"
+    assert prompt.text[slice(*renderer.spans(prompt)[0])] == "Which lamp?"
 
 
 # --- as vLLM's server does it ---

@@ -179,7 +179,7 @@ def test_a_log_without_breaks_costs_nothing_and_gets_no_advice(replay, tmp_path:
     assert "$0.0000" in done.out
     assert "stands too early" not in done.out
     answers = sum(row["answer_tokens"] for row in found["requests"])
-    assert f"where the engine wrote the answers itself: {answers:,} more" in done.out
+    assert f"a server finds {answers:,} more" in done.out
 
 
 def test_one_request_is_told_in_the_singular(replay, tmp_path: Path) -> None:
@@ -279,9 +279,13 @@ def test_a_field_that_some_requests_have_groups_those(replay, tmp_path: Path) ->
     out = tmp_path / "out.json"
     path = log(tmp_path, *entries)
     assert replay(path, "--group-by", "metadata.tenant", "--json", out).status == 0
-    assert sorted(group[:2] for group in json.loads(out.read_text())["groups"]) == [["None", 1], ["a", 2], ["b", 1]]
+    assert sorted(group[:2] for group in json.loads(out.read_text())["groups"]) == [
+        ["(no value)", 1],
+        ["a", 2],
+        ["b", 1],
+    ]
     assert replay(path, "--group-by", "list.0.name", "--json", out).status == 0, "0 is a value"
-    assert sorted(group[:2] for group in json.loads(out.read_text())["groups"]) == [["0", 1], ["None", 3]]
+    assert sorted(group[:2] for group in json.loads(out.read_text())["groups"]) == [["(no value)", 3], ["0", 1]]
 
 
 # --- what is left out, and --strict, --format ---

@@ -72,7 +72,7 @@ def advise(comparer: Comparer, rows: list[Row]) -> list[Advice]:
     places = sorted(lost, key=lambda place: -sum(row.lost_tokens for row in lost[place]))[:PLACES_REPLAYED]
     if comparer.renderer is None or not places:
         return []
-    tokens = functools.lru_cache(maxsize=2_000)(comparer.renderer.tokens)
+    tokens = functools.lru_cache(maxsize=500)(comparer.renderer.tokens)
     found = []
     for family, where in places:
         moved = comparer.moved.get((family, where), {})

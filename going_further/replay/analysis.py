@@ -78,11 +78,14 @@ def add(record: Record, found: Analysis, options: Options, bounded: PrefixCache 
     """Add one request to an analysis. CannotRender where vLLM would not take it."""
     comparer, renderer = found.comparer, found.comparer.renderer
     session = field_of(record.entry, options.session_field) if options.session_field else None
+    if options.ttl is not None and record.time is None:
+        raise CannotRender("no time, which --ttl needs")
     if (record.api == "blocks") != (renderer is None):
         raise CannotRender("a trace of hashes and a log of requests do not go together")
     if renderer is None:
         if record.body["block_size"] != comparer.block_size:
             raise CannotRender(f"blocks of another size: {record.body['block_size']}")
+        check_room(record.body["input_length"], bounded)
         row, blocks = comparer.add_trace(record, session)
     else:
         prompt = renderer.prompt(record)
@@ -91,6 +94,7 @@ def add(record: Record, found: Analysis, options: Options, bounded: PrefixCache 
         if not prompt.ids:
             raise CannotRender("its prompt has no tokens")
         check_window(renderer, len(prompt.ids), record.line, options)
+        check_room(len(prompt.ids), bounded)
         row, blocks = comparer.add(prompt, session)
         found.ignored.update(prompt.ignored)
         model, salt = prompt.salt
@@ -99,16 +103,18 @@ def add(record: Record, found: Analysis, options: Options, bounded: PrefixCache 
     is_read = renderer is None or prompt.is_read
     arrival = Arrival(array("q", blocks), row.prompt_tokens, row.session, record.time, is_read)
     if bounded is not None:
-        if options.ttl is not None and record.time is None:
-            raise UsageError(f"line {record.line}: no time, which --ttl needs")
         cached = bounded.request(arrival.chain, arrival.tokens, arrival.time, is_read)
         evicted = max(0, row.predicted_cached_tokens - cached)
         row = dataclasses.replace(
             row, predicted_cached_tokens=row.predicted_cached_tokens - evicted, evicted_tokens=evicted,
-            answer_tokens=0,
+            answer_tokens=0 if evicted else row.answer_tokens,
         )  # fmt: skip
     usage = record.usage
-    if usage and usage.cached_tokens is not None and usage.cached_tokens > (usage.prompt_tokens or row.prompt_tokens):
+    if (
+        usage
+        and usage.cached_tokens is not None
+        and usage.cached_tokens > (row.prompt_tokens if usage.prompt_tokens is None else usage.prompt_tokens)
+    ):
         found.impossible += 1
         usage = None
     found.without_session += session is None
@@ -119,6 +125,11 @@ def add(record: Record, found: Analysis, options: Options, bounded: PrefixCache 
         logged_prompt_tokens=usage.prompt_tokens if usage else None,
         logged_cached_tokens=usage.cached_tokens if usage else None,
     ))  # fmt: skip
+
+
+def check_room(tokens: int, bounded: PrefixCache | None) -> None:
+    if bounded is not None and not bounded.fits(tokens):
+        raise CannotRender("longer than the cache of --cache-tokens: vLLM would not run it")
 
 
 def check_window(renderer: Renderer, tokens: int, line: int, options: Options) -> None:
@@ -141,10 +152,11 @@ def analyse(path: Path, renderer: Renderer | None, block_size: int, options: Opt
 
     found = Analysis(Comparer(renderer, block_size))
     is_bounded = options.cache_tokens is not None or options.ttl is not None
-    bounded = PrefixCache(block_size, options.cache_tokens, options.ttl) if is_bounded else None
+    drops = found.comparer.drops_last_block
+    bounded = PrefixCache(block_size, options.cache_tokens, options.ttl, drops) if is_bounded else None
     columns = ("reading the log", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        lines = lines_of(path)
+        lines = count_lines(path)
         found.is_one_line = lines is not None and lines <= 1
         task = progress.add_task("", total=lines)
         for number, record in enumerate(read_log(path, options.format, options.strict, options.limit), start=1):
@@ -163,11 +175,10 @@ def analyse(path: Path, renderer: Renderer | None, block_size: int, options: Opt
     if not found.rows:
         reasons = "; ".join(f"line {left.line}: {left.reason}" for left in found.left_out[:2])
         raise UsageError(f"{path} holds no request that can be replayed: {reasons}")
-    for name, given in (("--session-field", options.session_field), ("--group-by", options.group_by)):
-        values = [row.session for row in found.rows] if name == "--session-field" else [r.group for r in found.rows]
-        absent = found.without_session == len(values) if name == "--session-field" else not any(values)
-        if given and absent:
-            raise UsageError(f"{name}: no request of this log has a field {given}")
+    if options.session_field and found.without_session == len(found.rows):
+        raise UsageError(f"--session-field: no request of this log has a field {options.session_field}")
+    if options.group_by and all(row.group is None for row in found.rows):
+        raise UsageError(f"--group-by: no request of this log has a field {options.group_by}")
     return found
 
 
@@ -183,10 +194,13 @@ def prompts_in(path: Path, renderer: Renderer, limit: int | None = None) -> Iter
         raise UsageError(f"{path} holds no request that can be rendered")
 
 
-def lines_of(path: Path) -> int | None:
-    """Return how many lines end in a log; None where it cannot be read to its end, which its reader tells."""
+def count_lines(path: Path) -> int | None:
+    """Return how many lines a log has; None where it cannot be read to its end, which its reader tells."""
+    lines, last = 0, b"\n"
     with contextlib.suppress(OSError, EOFError, zlib.error), open_log(path) as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            lines, last = lines + chunk.count(b"\n"), chunk[-1:]
+        return lines + (last != b"\n")
     return None
 
 

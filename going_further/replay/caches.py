@@ -89,8 +89,15 @@ class PrefixCache:
     (https://platform.claude.com/docs/en/build-with-claude/prompt-caching).
     """
 
-    def __init__(self, block_size: int, capacity_tokens: int | None = None, ttl: float | None = None) -> None:
-        self.block_size, self.ttl = block_size, ttl
+    def __init__(
+        self,
+        block_size: int,
+        capacity_tokens: int | None = None,
+        ttl: float | None = None,
+        drops_last_block: bool = False,
+    ) -> None:
+        """With `drops_last_block` the last block that is found is computed once more: speculative decoding needs it."""
+        self.block_size, self.ttl, self.drops_last_block = block_size, ttl, drops_last_block
         self.usable_blocks, self.pool = None, None
         if capacity_tokens is not None:
             # Rounded up: what vLLM prints went through a division, and may have lost a token.
@@ -108,6 +115,10 @@ class PrefixCache:
     def computed_tokens(self) -> int:
         return self.sent_tokens - self.found_tokens
 
+    def fits(self, tokens: int) -> bool:
+        """Say whether vLLM could run a prompt at all: it needs all of its blocks at once."""
+        return self.usable_blocks is None or -(-tokens // self.block_size) <= self.usable_blocks
+
     def find(self, chain: Sequence[int], tokens: int, time: float | None = None) -> int:
         """Return how many leading tokens of a prompt are found: whole blocks, and never its last token."""
         if tokens < 1 or len(chain) < tokens // self.block_size:
@@ -117,7 +128,8 @@ class PrefixCache:
         held = self.last_use.__contains__ if self.ttl is None else lambda block: self.is_alive(block, time)
         # vLLM needs the last token's output, so it never looks for the block that would hold it.
         blocks = itertools.islice(chain, (tokens - 1) // self.block_size)
-        return self.block_size * sum(1 for _ in itertools.takewhile(held, blocks))
+        found = sum(1 for _ in itertools.takewhile(held, blocks))
+        return self.block_size * max(0, found - self.drops_last_block)
 
     def is_alive(self, block: int, time: float) -> bool:
         use = self.last_use.get(block)
@@ -127,7 +139,7 @@ class PrefixCache:
         """Return what `find` returns, and store the prompt. One that is not read is computed whole, as in vLLM."""
         found_tokens = self.find(chain, tokens, time) if is_read else 0
         self.requests += 1
-        if self.usable_blocks is not None and -(-tokens // self.block_size) > self.usable_blocks:
+        if not self.fits(tokens):
             self.too_long += 1
             return found_tokens
         self.sent_tokens += tokens
@@ -197,6 +209,7 @@ def route_log(
     block_size: int,
     capacity_tokens: int | None = None,
     ttl: float | None = None,
+    drops_last_block: bool = False,
 ) -> list[RoutingResult]:
     """Send a log through each policy, every time to empty caches; `requests` is gone through once for each.
 
@@ -217,7 +230,7 @@ def route_log(
         count, capacity = replicas, capacity_tokens
         if policy == "one cache":
             count, capacity = 1, None if capacity_tokens is None else replicas * capacity_tokens
-        caches = [PrefixCache(block_size, capacity, ttl) for _ in range(count)]
+        caches = [PrefixCache(block_size, capacity, ttl, drops_last_block) for _ in range(count)]
         for arrival in requests:
             caches[choose(arrival, caches)].request(arrival.chain, arrival.tokens, arrival.time, arrival.is_read)
         sent, found = sum(cache.sent_tokens for cache in caches), sum(cache.found_tokens for cache in caches)

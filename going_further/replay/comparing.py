@@ -23,6 +23,8 @@ REQUESTS_KEPT = 64  # in memory; older ones are read again from a file
 HEADS_COMPARED = 8  # where not even a block matches, so many latest requests are tried as predecessors
 DROPPED, REWRITTEN = "template drops generated text", "template rewrites the prompt"
 OTHERWISE = "answer sent back otherwise"  # by the client, than the engine wrote it
+UNITS_COMPARED = 20_000  # of two texts, between what they begin and end with; difflib's time grows faster than that
+TEXTS_MOVED = 20_000  # kept of one place
 STOPS = r"\n.!?;,}\]\u3002\uff01\uff1f\uff1b\uff0c"  # the last ones are those of Chinese and Japanese
 PIECES = re.compile(f"[^{STOPS}]*[{STOPS}]*")
 UNREAD = "cache not read: prompt_logprobs"
@@ -72,7 +74,7 @@ def gap(message: int) -> int:
 
 
 def shared(a: str | list[int], b: str | list[int]) -> int:
-    """Return how many characters or tokens two prompts begin with in common; by slices, which C compares."""
+    """Return how many characters or tokens two prompts begin with in common; by slices, for long ones fast."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -97,9 +99,11 @@ def equal_parts(a: list, b: list) -> list[tuple[int, int, int]]:
     """Return the runs that two lists have in common and in order: start in `a`, start in `b`, length."""
     ahead = shared(a, b)
     behind = shared(a[ahead:][::-1], b[ahead:][::-1])
-    inner = difflib.SequenceMatcher(None, a[ahead : len(a) - behind], b[ahead : len(b) - behind])
+    inner_a, inner_b = a[ahead : len(a) - behind], b[ahead : len(b) - behind]
     runs = [(0, 0, ahead)]
-    runs += [(ahead + x, ahead + y, size) for x, y, size in inner.get_matching_blocks() if size]
+    if len(inner_a) + len(inner_b) <= UNITS_COMPARED:
+        inner = difflib.SequenceMatcher(None, inner_a, inner_b)
+        runs += [(ahead + x, ahead + y, size) for x, y, size in inner.get_matching_blocks() if size]
     runs.append((len(a) - behind, len(b) - behind, behind))
     return [run for run in runs if run[2]]
 
@@ -195,9 +199,10 @@ def describe(before: Prompt, after: Prompt, renderer: Renderer) -> Break:
     if before.ids == after.ids:
         return Break("same prompt", "")
     a, b = before.messages, after.messages
-    if not a or not b:  # token ids, or a completion
-        if shared(before.ids, after.ids) == len(before.ids):
-            return Break("extended", "")
+    if not a or not b or "prompt" in (a[0]["role"], b[0]["role"]):  # token ids, or completions
+        least = min(len(before.ids), len(after.ids))
+        if shared(before.ids, after.ids) == least:
+            return Break("extended" if least == len(before.ids) else "shortened", "")
         return Break("prompt changed", "the prompt", 0)
     if len(a) < len(b) and after.text.startswith(before.text):
         return Break("extended", "")
@@ -441,7 +446,8 @@ class Comparer:
             lost = 0 if is_other else max(0, self.whole_blocks(min(same, len(ids) - 1)) - cached - answer)
             if lost and kept.moved:
                 texts = self.moved.setdefault((family, departs.where.partition(" field")[0]), {})
-                texts.update(dict.fromkeys(kept.moved))
+                if len(texts) < TEXTS_MOVED:
+                    texts.update(dict.fromkeys(kept.moved))
         kind = departs.kind
         if not lost and kind == "user message changed" and not self.goes_on(before, prompt):
             kind = "another conversation"
@@ -462,9 +468,16 @@ class Comparer:
             return prompt.ids[: len(before.ids)] == before.ids
         users = [[key(message) for message in p.messages if message["role"] == "user"] for p in (before, prompt)]
         if not users[0] or not users[1]:
+            return prompt.ids[: len(before.ids)] == before.ids
+        if users[0][-1] in users[1]:
+            return True
+        last = len(before.messages) - 1
+        if len(prompt.messages) <= last + 1:
             return False
-        longer = len(prompt.messages) > len(before.messages)
-        return users[0][-1] in users[1] or (longer and users[0][0] == users[1][0])
+        # A clock behind the last question goes when the next one comes.
+        said, says = (plain(p.messages[last].get("content")) for p in (before, prompt))
+        is_same = 2 * shared(said, says) >= min(len(said), len(says)) > 0
+        return users[0][0] == users[1][0] or is_same
 
     def answered(self, before: Prompt, prompt: Prompt) -> tuple[Break | None, list[int], int]:
         """Say how the answer to `before`, which the engine wrote, stands in the next prompt.

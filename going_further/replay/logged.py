@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ TEMPLATE_KINDS = DROPPED, REWRITTEN
 # Why tokens were computed, in the order in which they are shown.
 NEW, LAYOUT, TEMPLATE = "new text", "the prompt's layout broke the prefix", "the template wrote it anew"
 EVICTED, REPLICA = "evicted, or too old", "another replica, or a restart"
-NEVER, OTHERWISE = "nothing is ever found by this server", "the server counts other prompt tokens"
-REASONS = NEW, LAYOUT, TEMPLATE, EVICTED, REPLICA, NEVER, OTHERWISE
+NEVER, COUNTED_OTHERWISE = "nothing is ever found by this server", "the server counts other prompt tokens"
+REASONS = NEW, LAYOUT, TEMPLATE, EVICTED, REPLICA, NEVER, COUNTED_OTHERWISE
 
 
 @dataclasses.dataclass
@@ -26,6 +27,7 @@ class Logged:
     sent_tokens: int = 0
     found_tokens: int = 0
     predicted_tokens: int = 0
+    block_size: int | None = None  # what the server's seems to be, where that is larger than the one here
     surplus_tokens: int = 0  # found beyond the prediction: known from before the log
     computed: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(REASONS, 0))  # tokens
     affected: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(REASONS, 0))  # requests
@@ -78,6 +80,12 @@ def explain(rows: list[Row], arrivals: list[Arrival], block_size: int) -> Logged
     if not reporting:
         return None
     logged, uses = Logged(unreported=len(rows) - len(reporting)), uses_of(rows, arrivals, block_size)
+    counts = {row.logged_cached_tokens for row in reporting} - {0}
+    of_server = math.gcd(*counts) if len(counts) >= 3 else 0
+    of_server &= -of_server  # the largest power of two in all of them
+    if of_server > block_size:
+        logged.block_size = of_server
+    unit = logged.block_size or block_size
     hits = [found for row, (found, _) in zip(rows, uses, strict=True) if row.logged_cached_tokens]
     most_blocks = max((use.blocks for use in hits if use.blocks is not None), default=0)
     most_seconds = max((use.seconds for use in hits if use.seconds is not None), default=None)
@@ -91,12 +99,12 @@ def explain(rows: list[Row], arrivals: list[Arrival], block_size: int) -> Logged
         logged.found_tokens += row.logged_cached_tokens
         logged.predicted_tokens += row.predicted_cached_tokens
         if abs(sent - row.prompt_tokens) > max(block_size, sent // 50):
-            logged.add(OTHERWISE, rest)
+            logged.add(COUNTED_OTHERWISE, rest)
             continue
         if found.seconds is not None and row.logged_cached_tokens:
             logged.ages["found"].append(found.seconds)
         missing = row.predicted_cached_tokens - row.logged_cached_tokens
-        if missing >= block_size:  # within a block: the server's may have another size
+        if missing >= unit:  # within a block, which may be larger there
             older = missed.blocks is None or missed.blocks > most_blocks
             older = older or (None not in (missed.seconds, most_seconds) and missed.seconds > most_seconds)
             reason = NEVER if not hits else EVICTED if older else REPLICA

@@ -36,8 +36,8 @@ def print_row(console, row: Row, measured: tuple[int, float] | None) -> None:
     if row.lost_tokens:
         where = f"{'':7}{row.where}, token {row.token:,}: {row.lost_tokens:,} tokens lost"
         console.print(shown(where), markup=False)
-        for text in (row.before, row.after):
-            console.print(cut(f"{'':9}{text[-70:]!r}"), markup=False)
+        for name, text in (("was", row.before), ("now", row.after)):
+            console.print(cut(f"{'':9}{name} {text[-66:]!r}"), markup=False)
 
 
 def rows_to_show(rows: list[Row]) -> list[Row]:
@@ -55,8 +55,8 @@ def hit_rate(rows: list[Row]) -> float:
     return share(sum(row.predicted_cached_tokens for row in rows), sum(row.prompt_tokens for row in rows))
 
 
-def print_summary(console, rows: list[Row], saved_per_million: float) -> None:
-    """Print what was computed, and what each kind of break has cost; the price is that of a token not found."""
+def print_summary(console, rows: list[Row], price_input: float, price_cached: float) -> None:
+    """Print what was computed, and what each kind of break has cost, at prices per million tokens."""
     prompt, cached = sum(row.prompt_tokens for row in rows), sum(row.predicted_cached_tokens for row in rows)
     sent, found = (
         f"{count(len(rows), 'request')}, {prompt:,} tokens",
@@ -66,7 +66,7 @@ def print_summary(console, rows: list[Row], saved_per_million: float) -> None:
     answers = sum(row.answer_tokens for row in rows)
     if answers:
         more = f"{share(cached + answers, prompt):.1%}"
-        console.print(f"where the engine wrote the answers itself: {answers:,} more ({more})")
+        console.print(f"with the answers kept that it wrote itself, a server finds {answers:,} more ({more})")
     evicted = sum(row.evicted_tokens for row in rows)
     if evicted:
         console.print(f"evicted or too old: {evicted:,} tokens that a cache without bounds would have found")
@@ -75,13 +75,16 @@ def print_summary(console, rows: list[Row], saved_per_million: float) -> None:
     for row in rows:
         lost[row.kind] += row.lost_tokens
     for kind, number in sorted(counts.items(), key=lambda item: (-lost[item[0]], -item[1])):
-        dollars = lost[kind] * saved_per_million / 1e6
+        dollars = lost[kind] * (price_input - price_cached) / 1e6
         console.print(f"{shown(kind):<32}{number:>10,}{lost[kind]:>14,}{f'${dollars:.4f}':>12}", markup=False)
     console.print("lost: stood behind a break, was the same as before, and was computed again")
-    console.print(f"cost: ${saved_per_million:g} a million lost tokens: input less cached price, which are examples")
+    prices = f"${price_input:g} and ${price_cached:g} cached"
+    console.print(f"cost: examples, {prices} a million (--price-input, --price-cached)", soft_wrap=True)
 
 
 def print_advice(console, advice: list[Advice]) -> None:
+    from rich.cells import cell_len
+
     if not advice:
         return
     console.print("\n[bold]What stands too early[/], and the hit rate with it behind all else (replayed)")
@@ -90,9 +93,11 @@ def print_advice(console, advice: list[Advice]) -> None:
         whose = f", prompts like line {place.family}" if families > 1 else ""
         head = f"{place.where}{whose}: {count(place.requests, 'request')}, {place.lost_tokens:,} tokens lost"
         console.print(shown(head), markup=False)
-        texts = ", ".join(f"{text[:28]!r}" for text in place.texts)
+        texts = [repr(text if len(text) <= 32 else f"{text[:32]}...") for text in place.texts]
+        while len(texts) > 1 and cell_len(", ".join(texts)) > 74:
+            texts = [*texts[:-2], "..."] if texts[-1] == "..." else [*texts[:-1], "..."]
         if texts:
-            console.print(cut(f"  {texts}"), markup=False, soft_wrap=True)
+            console.print(cut(f"  {', '.join(texts)}"), markup=False, soft_wrap=True)
         if place.moved_hit_rate is not None and place.moved_hit_rate > place.hit_rate:
             rates = f"hit rate {place.hit_rate:.1%}, behind the static part {place.moved_hit_rate:.1%}"
             console.print(f"  {rates} ({count(place.replayed, 'request')} of this family)", soft_wrap=True)
@@ -136,7 +141,7 @@ def print_sessions(console, groups: list[tuple[str, int, int, float]]) -> None:
     middle = statistics.median(rate for rate, _ in several)
     console.print(f"\n{len(several):,} sessions of two requests or more: hit rate {middle:.1%} in the median, "
                   f"{low[0]:.1%} to {high[0]:.1%}", soft_wrap=True)  # fmt: skip
-    console.print(shown(f"lowest: {low[1]}"[:80]), markup=False)
+    console.print(shown(f"lowest: the session {low[1]}"[:80]), markup=False)
 
 
 def print_routing(console, results: list[RoutingResult], replicas: int) -> None:
@@ -148,7 +153,8 @@ def print_routing(console, results: list[RoutingResult], replicas: int) -> None:
         spread = f"{result.spread:.2f}" if len(result.requests) > 1 else ""
         console.print(f"{result.policy:<26}{result.hit_rate:>10.1%}{sum(result.computed_tokens):>14,}{spread:>12}"
                       f"  {requests}"[:80], markup=False)  # fmt: skip
-    console.print("max / mean: computed tokens of the busiest replica and of all")
+    console.print("max / mean: computed tokens of the busiest replica and of all; few sessions are")
+    console.print("hashed unevenly; one cache: as large as those of all replicas together")
     for result in itertools.islice((r for r in results if r.too_long), 1):
         console.print(f"{count(result.too_long, 'request')} did not fit into a replica's cache")
 

@@ -6,6 +6,7 @@ entry that cannot be replayed is left out and said so, and the rest goes on; a f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -290,6 +291,9 @@ def nothing_found(path: Path, left: list[LeftOut]) -> str:
     name = shown(str(path))
     if not left:
         return f"{name} holds no request"
+    with contextlib.suppress(OSError, EOFError, zlib.error), open_log(path) as file:
+        if b"Received request " in file.read(1 << 20):
+            return f"{name} is a log of vLLM's without requests: start the server with VLLM_LOGGING_LEVEL=DEBUG"
     reasons = {item.reason: f"line {item.line}: {item.reason}" for item in reversed(left)}
     known = [shape for shape in SHAPES if shape != "openai-batch-output"]
     hint = f"; known shapes: {', '.join(known)}" if any("no known shape" in item.reason for item in left) else ""

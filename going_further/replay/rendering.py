@@ -11,8 +11,10 @@ import contextlib
 import copy
 import dataclasses
 import json
+import logging
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,11 @@ from going_further.replay.shapes import media
 
 RELIES_ON = (
     "vllm:AsyncEngineArgs.create_engine_config",
+    "vllm.config:ModelConfig.get_sliding_window",
+    "vllm.config:ModelConfig.get_vocab_size",
+    "vllm.config:ModelConfig.is_attention_free",
+    "vllm.config:ModelConfig.is_hybrid",
+    "vllm.config:SpeculativeConfig.use_eagle",
     "vllm.exceptions:VLLMValidationError",
     "vllm.renderers:renderer_from_config",
     "vllm.renderers.base:BaseRenderer.render_messages",
@@ -35,13 +42,27 @@ RELIES_ON = (
     "vllm.renderers.online_renderer:OnlineRenderer",
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.build_chat_params",
     "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.build_tok_params",
-    "vllm.entrypoints.openai.completion.protocol:CompletionRequest",
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.build_tok_params",
     "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.build_chat_params",
+    "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.build_tok_params",
     "vllm.entrypoints.openai.responses.utils:construct_input_messages",
     "vllm.entrypoints.openai.responses.utils:construct_tool_dicts",
     "vllm.entrypoints.anthropic.protocol:AnthropicMessagesRequest",
-    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages",
     "vllm.utils.mistral:is_mistral_tokenizer",
+    "vllm.utils.mistral:mt.maybe_serialize_tool_calls",
+    "vllm.utils.mistral:mt.truncate_tool_call_ids",
+    "vllm.utils.mistral:mt.validate_request_params",
+)
+# Of these one is there: the later name, or that of vLLM 0.26.
+RELIES_ON_ONE_OF = (
+    (
+        "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.to_chat_completion_request",
+        "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._convert_anthropic_to_openai_request",
+    ),
+    (
+        "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._should_merge_inline_system",
+        "vllm.entrypoints.anthropic.serving:AnthropicServingMessages._detect_merge_inline_system",
+    ),
 )
 # What vLLM's code raises for a request that its server answers with an error: fields of another type than they should
 # be, a template that takes no such message, content that it cannot parse.
@@ -103,8 +124,17 @@ def quiet() -> Iterator[None]:
 class Renderer:
     """vLLM's renderer and configuration of a model; the weights are not read."""
 
-    def __init__(self, model: str, speculative_config: dict | None = None) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    def __init__(
+        self,
+        model: str,
+        speculative_config: dict | None = None,
+        chat_template: str | None = None,
+        default_chat_template_kwargs: dict | None = None,
+    ) -> None:
+        """Take a model's folder or name, and what its server was given, in vLLM's own words."""
+        if "vllm" not in sys.modules:  # else an engine's log is kept already
+            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        self.chat_template, self.default_kwargs = chat_template, default_chat_template_kwargs or {}
         try:
             with quiet():
                 from vllm import AsyncEngineArgs
@@ -142,7 +172,8 @@ class Renderer:
         if not self.has_template:
             return False
         templates = (
-            resolve_chat_template(self.tokenizer, None, tools, model_config=self.model_config) for tools in (None, [])
+            resolve_chat_template(self.tokenizer, self.chat_template, tools, model_config=self.model_config)
+            for tools in (None, [])
         )
         return any("strftime_now" in (template or "") for template in templates)
 
@@ -174,7 +205,10 @@ class Renderer:
     def drops_last_block(self) -> bool:
         """Say whether speculative decoding lets vLLM compute the last block that was found once more."""
         speculative = self.config.speculative_config
-        return speculative is not None and speculative.use_eagle()
+        if speculative is None:
+            return False
+        drops = getattr(speculative, "use_eagle_block_drop", speculative.use_eagle)  # vLLM 0.26 has only the latter
+        return drops()
 
     # --- rendering ---
 
@@ -191,36 +225,30 @@ class Renderer:
     def prompt_of(self, asked: Record, record: Record) -> Prompt:
         """Render a request; vLLM's parsers write into its body, so `asked` is a copy of `record`."""
         body = asked.body
-        salt = body.get("model"), body.get("cache_salt")
-        if not all(part is None or isinstance(part, str) for part in salt):
+        if not all(isinstance(body.get(field), str | None) for field in ("model", "cache_salt")):
             raise CannotRender("a model or cache_salt that is no text")
         transferred = body.get("kv_transfer_params")
         if body.get("prompt_embeds") or (isinstance(transferred, dict) and transferred.get("prompt_token_ids")):
             raise CannotRender("it brings its prompt as embeddings, or with the KV of another server")
-        if asked.api == "tokens":
-            ids = body["prompt_token_ids"]
-            if not all(type(token) is int and 0 <= token < self.vocabulary for token in ids):
-                raise CannotRender("token ids that are no whole numbers, or beyond this model's vocabulary")
-            return Prompt(record, None, ids, salt=salt, is_read=body.get("prompt_logprobs") is None)
-        if asked.api == "completions":
-            return self.completion(asked, record, salt)
+        if asked.api in ("tokens", "completions"):
+            return self.completion(asked, record)
         request, messages, tools = self.chat(asked)
-        if getattr(request, "truncate_prompt_tokens", None) is not None:
-            raise CannotRender("truncate_prompt_tokens cuts this prompt, which is not replayed here")
-        params = request.build_chat_params(None, "auto").with_defaults({"tools": tools, "tokenize": self.is_mistral})
+        check_cut(request)
+        defaults = self.default_kwargs | {"tools": tools, "tokenize": self.is_mistral}
+        params = request.build_chat_params(self.chat_template, "auto").with_defaults(defaults)
         conversation, rendered = self.vllm_renderer.render_messages(messages, params)
-        variables = {
-            name: value
-            for name, value in params.chat_template_kwargs.items()
-            if value is not None and name not in ("tools", "tokenize", "add_generation_prompt")
-        }
-        variables = {name: value for name, value in variables.items() if value or name != "continue_final_message"}
+        variables = {}
+        for name, value in params.chat_template_kwargs.items():
+            is_usual = value is None or (name, value) == ("continue_final_message", False)
+            if name not in ("tools", "tokenize", "add_generation_prompt") and not is_usual:
+                variables[name] = value
         if getattr(request, "add_generation_prompt", True) is False:
             variables["add_generation_prompt"] = False
-        ignored = tuple(sorted((request.model_extra or {}).keys() - ADDED_BY_LOGS)) if asked.api == "chat" else ()
         text, ids, encoding = rendered.get("prompt"), rendered.get("prompt_token_ids"), None
         if ids is None:
-            ids, encoding = self.encode(text, bool(getattr(request, "add_special_tokens", False)))
+            ids, encoding = self.encode(text, request.build_tok_params(self.model_config).add_special_tokens)
+        if getattr(request, "truncation", None) == "auto" and len(ids) > self.max_model_len:
+            raise CannotRender("truncation: auto cuts this prompt, which is not replayed here")
         # vLLM reads no cache where it is asked for the prompt's probabilities: they have to be computed.
         is_read = getattr(request, "prompt_logprobs", None) is None and not getattr(request, "echo", False)
         return Prompt(
@@ -230,11 +258,21 @@ class Renderer:
             conversation,
             tools,
             variables,
-            salt,
+            (body.get("model"), getattr(request, "cache_salt", None)),
             is_read,
-            ignored,
+            self.unknown_fields(asked, request),
             encoding,
         )
+
+    def unknown_fields(self, asked: Record, request: object) -> tuple[str, ...]:
+        """Return the fields of a request that vLLM's class for it does not have."""
+        if asked.api == "messages":
+            from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+
+            extra = asked.body.keys() - AnthropicMessagesRequest.model_fields.keys()
+        else:
+            extra = (request.model_extra or {}).keys()
+        return tuple(sorted(extra - ADDED_BY_LOGS))
 
     def chat(self, asked: Record) -> tuple[object, list, list[dict] | None]:
         """Return vLLM's request object of a chat, its messages, and its tools as the template gets them."""
@@ -252,6 +290,7 @@ class Renderer:
             from vllm.utils.mistral import mt
 
             mt.maybe_serialize_tool_calls(request), mt.truncate_tool_call_ids(request)
+            mt.validate_request_params(request)
         tools = [tool.model_dump() for tool in request.tools] if request.tools is not None else None
         return request, request.messages, tools
 
@@ -286,8 +325,9 @@ class Renderer:
             self.model_config,
             self.vllm_renderer,
             request_logger=None,
-            chat_template=None,
+            chat_template=self.chat_template,
             chat_template_content_format="auto",
+            default_chat_template_kwargs=self.default_kwargs,
         )
 
     @cached_property
@@ -297,7 +337,7 @@ class Renderer:
 
         if hasattr(Serving, "_should_merge_inline_system"):
             return Serving._should_merge_inline_system(self.online_renderer)
-        return Serving._detect_merge_inline_system(None)
+        return Serving._detect_merge_inline_system(self.chat_template)
 
     @cached_property
     def disabled_thinking_effort(self) -> str:
@@ -309,27 +349,39 @@ class Renderer:
         with ThreadPoolExecutor(1) as thread:  # in this one a loop may be running
             return thread.submit(asyncio.run, serving._probe_disabled_thinking_effort()).result()
 
-    def completion(self, asked: Record, record: Record, salt: tuple) -> Prompt:
+    def completion(self, asked: Record, record: Record) -> Prompt:
+        """Render a completion, whose prompt is a text, or token ids; a text counts as one message."""
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-        request = CompletionRequest.model_validate({"model": "any", **asked.body})
+        body = dict(asked.body)
+        ids = body.pop("prompt_token_ids", None)
+        request = CompletionRequest.model_validate({"model": "any", "prompt": "?", **body})  # vLLM wants one beside ids
+        check_cut(request)
+        salt = asked.body.get("model"), request.cache_salt
+        is_read = request.prompt_logprobs is None and not (request.echo and request.logprobs is not None)
+        more = dict(salt=salt, is_read=is_read, ignored=self.unknown_fields(asked, request))
+        if ids is not None:
+            if not all(type(token) is int and 0 <= token < self.vocabulary for token in ids):
+                raise CannotRender("token ids that are no whole numbers, or beyond this model's vocabulary")
+            return Prompt(record, None, ids, **more)
         if request.suffix is not None or not isinstance(request.prompt, str):
             raise CannotRender("a completion with a suffix, or without a text")
-        if request.truncate_prompt_tokens is not None:
-            raise CannotRender("truncate_prompt_tokens cuts this prompt, which is not replayed here")
-        ids, encoding = self.encode(request.prompt, request.add_special_tokens)
-        is_read = request.prompt_logprobs is None and not (request.echo and request.logprobs is not None)
-        return Prompt(record, request.prompt, ids, salt=salt, is_read=is_read, encoding=encoding)
+        special = request.build_tok_params(self.model_config).add_special_tokens
+        ids, encoding = self.encode(request.prompt, special)
+        messages = [{"role": "prompt", "content": request.prompt}]
+        return Prompt(record, request.prompt, ids, messages, encoding=encoding, **more)
 
     def encode(self, text: str, special: bool = False) -> tuple[list[int], object]:
-        """Return the token ids of a text, and what knows where they stand in it, which a slow tokenizer has not."""
+        """Return the token ids of a text, and what knows where they stand in it, which only a fast tokenizer has."""
+        if not self.has_template or not self.tokenizer.is_fast:
+            return self.tokenizer.encode(text, add_special_tokens=special), None
         encoded = self.tokenizer(
             text, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-        return encoded["input_ids"], encoded.encodings[0] if encoded.encodings else None
+        return encoded["input_ids"], encoded.encodings[0]
 
     def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.encode(text)[0]
 
     # --- where things stand in a prompt ---
 
@@ -337,11 +389,19 @@ class Renderer:
         """Return other messages as the template writes them, with the tools and variables of `prompt`."""
         from vllm.renderers.hf import safe_apply_chat_template
 
+        if not self.has_template:
+            raise CannotRender("this model's prompts are not written by a template")
         more = {"add_generation_prompt": answer, **prompt.variables}
         try:
             with no_warnings():
                 return safe_apply_chat_template(
-                    self.model_config, self.tokenizer, messages, tools=prompt.tools, tokenize=False, **more
+                    self.model_config,
+                    self.tokenizer,
+                    messages,
+                    tools=prompt.tools,
+                    chat_template=self.chat_template,
+                    tokenize=False,
+                    **more,
                 )
         except (*REFUSALS, self.refusal) as error:
             raise CannotRender(shown(telling_line(error))) from error
@@ -356,6 +416,8 @@ class Renderer:
 
         A rendering with a mark for each content shows what the template writes between them.
         """
+        if prompt.record.api == "completions":
+            return [Span(0, len(prompt.text))]
         contents = [plain(message.get("content")) for message in prompt.messages]
         if not self.has_template:
             return spans_by_search(prompt.text, contents)
@@ -383,15 +445,18 @@ class Renderer:
 
 @contextlib.contextmanager
 def no_warnings() -> Iterator[None]:
-    """Keep vLLM's remarks about single requests back; what they mean for the prompt is in the prompt."""
-    import logging
-
-    logger = logging.getLogger("vllm")
-    was, logger.disabled = logger.disabled, True
+    """Keep back what libraries log of single requests; what it means for the prompt is in the prompt."""
+    was = logging.root.manager.disable
+    logging.disable()
     try:
         yield
     finally:
-        logger.disabled = was
+        logging.disable(was)
+
+
+def check_cut(request: object) -> None:
+    if getattr(request, "truncate_prompt_tokens", None) is not None:
+        raise CannotRender("truncate_prompt_tokens cuts this prompt, which is not replayed here")
 
 
 def reason(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import random
@@ -711,3 +712,20 @@ def test_advice_for_two_families_is_replayed_for_each(renderer: Renderer) -> Non
     found = advise(comparer, rows)
     assert [place.family for place in found] == [1, 2] or [place.family for place in found] == [2, 1]
     assert [place.replayed for place in found] == [3, 3]
+
+
+def test_a_model_with_mistral_s_own_tokenizer_and_renderer_is_compared_too(tmp_path: Path) -> None:
+    data = Path(importlib.util.find_spec("mistral_common").origin).parent / "data"
+    folder = write_llama(tmp_path / "mistral", vocab_size=131_072)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    shutil.copy(data / "tekken_240911.json", folder / "tekken.json")
+    (folder / "consolidated.safetensors").touch()  # by this vLLM knows such a model
+    renderer = Renderer(str(folder))
+    assert not renderer.has_template
+    comparer, rows = add_all(renderer, [body(system(f"It is 09:3{n}. {rules(20)}"), USER) for n in range(3)])
+    assert [row.kind for row in rows[1:]] == ["system message changed"] * 2
+    assert all(row.lost_tokens > row.prompt_tokens * 0.7 for row in rows[1:])
+    assert [place.moved_hit_rate > 0.5 for place in advise(comparer, rows)] == [True]
+    text = renderer.prompt(Record(1, "completions", {"prompt": "Once upon a time"}, {}))
+    assert renderer.tokenizer.decode(text.ids) == "<s>Once upon a time", "as vLLM begins completions"

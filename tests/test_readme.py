@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from going_further.replay.readers import read_log
 from setup_and_test import SIZES
 from stable_prefix_vs_timestamp import Measurement, Run, time_verdict
 
@@ -111,3 +114,37 @@ def test_every_option_that_is_named_is_one_of_a_script(option: str) -> None:
 
 def test_the_size_of_the_download_is_the_one_that_the_set_up_announces() -> None:
     assert f"{SIZES['requirements-cpu.txt'][0]} GB to download" in README
+
+
+def test_the_client_line_logs_requests_that_the_replayer_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    openai = pytest.importorskip("openai")
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            message = {"role": "assistant", "content": "Yes."}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    [line] = re.findall(r"^openai\.DefaultHttpxClient\(.*\)$", README, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            url, http_client = f"http://127.0.0.1:{server.server_port}/v1", eval(line, {"openai": openai})
+            client = openai.OpenAI(base_url=url, api_key="none", http_client=http_client)
+            for question in ("Is it so?", "And so?"):
+                client.chat.completions.create(model="m", messages=[{"role": "user", "content": question}])
+        finally:
+            server.shutdown()
+    found = list(read_log(tmp_path / "log.jsonl"))
+    assert [record.body["messages"][0]["content"] for record in found] == ["Is it so?", "And so?"]

@@ -141,7 +141,8 @@ def print_sessions(console, groups: list[tuple[str, int, int, float]]) -> None:
     middle = statistics.median(rate for rate, _ in several)
     console.print(f"\n{len(several):,} sessions of two requests or more: hit rate {middle:.1%} in the median, "
                   f"{low[0]:.1%} to {high[0]:.1%}", soft_wrap=True)  # fmt: skip
-    console.print(shown(f"lowest: the session {low[1]}"[:80]), markup=False)
+    name = f"the session that begins at {low[1]}" if low[1].startswith("line ") else low[1]
+    console.print(shown(f"lowest: {name}"[:80]), markup=False)
 
 
 def print_routing(console, results: list[RoutingResult], replicas: int) -> None:

@@ -151,7 +151,7 @@ def test_what_is_said_of_each_request(analysed, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), zip(REFUSED, ["openai-batch-output", "an image (Ollama's `images`)"], strict=True)
+    ("name", "says"), [*zip(REFUSED, ["openai-batch-output", "an image (Ollama's `images`)"], strict=True)]
 )
 def test_what_holds_nothing_to_replay_is_refused_in_one_line(analysed, name: str, says: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -232,7 +232,9 @@ def sections(result: dict) -> list[dict[str, Any]]:
 
     places = advice_rows(result["advice"])
     heads = ["place", "requests", "tokens lost", "hit rate", "behind the static part", "replayed", "what changes"]
-    below = "Hit rates of this family of prompts, as it is and with what changes behind all else: both replayed."
+    below = (
+        "Hit rates of the requests with such prompts, as they are and with what changes behind all else: both replayed."
+    )
     add("What stands too early", heads, places, "", below)
 
     families, groups = (read_groups(result[key]) for key in ("families", "groups"))

@@ -124,7 +124,7 @@ def replayed(requests: int = 12, **more: object) -> dict:
         "environment": {"model": "built_in_model/cpu", "block_size": 16},
         "requests": rows,
         "hit_rate": hit_rate(rows),
-        "advice": [Advice(2, "message 0 (system)", 4, 3776, ["It is 09:30.", "It is 09:31."], 8, 0.25, 0.875)],
+        "advice": [Advice("message 0 (system)", 1, 4, 3776, ["It is 09:30.", "It is 09:31."], 8, 0.25, 0.875)],
         "families": groups_of(rows, lambda row: f"line {row.family}"),
         "sessions": groups_of(rows, lambda row: row.session),
         "groups": groups_of(rows, lambda row: row.group),

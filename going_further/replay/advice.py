@@ -26,10 +26,10 @@ REQUESTS_REPLAYED = 2_000  # of a family, the first ones
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """One place of a family's prompts: what it costs, what stands there too early, and what moving that would give."""
+    """One place in prompts: what it costs, what stands there too early, and what moving that would give."""
 
-    family: int  # line of its first request
     where: str
+    families: int  # of prompts, that lose something there
     requests: int  # that lose something there
     lost_tokens: int
     texts: list[str]  # that change, in the order in which they were seen
@@ -65,43 +65,39 @@ def moved_behind(prompt: Prompt, moved: dict[Moved, None], renderer: Renderer, t
 
 def advise(comparer: Comparer, rows: list[Row]) -> list[Advice]:
     """Return advice for the places that lose most; a trace of hashes loses nothing that could be named."""
-    lost: dict[tuple[int, str], list[Row]] = {}
+    lost: dict[str, list[Row]] = {}
     for row in rows:
         if row.lost_tokens:
-            lost.setdefault((row.family, row.where.partition(" field")[0]), []).append(row)
-    places = sorted(lost, key=lambda place: -sum(row.lost_tokens for row in lost[place]))[:PLACES_REPLAYED]
+            lost.setdefault(row.where.partition(" field")[0], []).append(row)
+    places = sorted(lost, key=lambda where: -sum(row.lost_tokens for row in lost[where]))[:PLACES_REPLAYED]
     if comparer.renderer is None or not places:
         return []
     tokens = functools.lru_cache(maxsize=500)(comparer.renderer.tokens)
-    found = []
-    for family, where in places:
-        moved = comparer.moved.get((family, where), {})
-        numbers = [n for n, row in enumerate(rows) if row.family == family][:REQUESTS_REPLAYED]
-        caches = CacheModel(comparer.block_size), CacheModel(comparer.block_size)
-        sent, hits = [0, 0], [0, 0]
-        for number in numbers:
-            prompt = comparer.recall(number)
-            behind = moved_behind(prompt, moved, comparer.renderer, tokens) if moved else []
-            for n, ids in enumerate((prompt.ids, behind)):
-                hits[n] += caches[n].cached_tokens(ids, prompt.salt)
-                sent[n] += len(ids)
-                caches[n].store(ids, prompt.salt)
-        rates = [hit / most if most else None for hit, most in zip(hits, sent, strict=True)]
-        about = f"{lost[family, where][0].kind} {lost[family, where][0].where}"
-        hint = next((text for sign, text in HINTS if sign in about), "")
-        found.append(
-            Advice(
-                family,
-                where,
-                len(lost[family, where]),
-                sum(row.lost_tokens for row in lost[family, where]),
-                telling([text.text.strip() for text in moved if text.text.strip()])[:4],
-                len(numbers),
-                *rates,
-                hint,
-            )
+    return [advice_for(where, lost[where], comparer, rows, tokens) for where in places]
+
+
+def advice_for(where: str, losing: list[Row], comparer: Comparer, rows: list[Row], tokens) -> Advice:
+    """Replay the requests of all families that lose something in a place, as they are and with the texts moved."""
+    moved = {row.family: comparer.moved.get((row.family, where), {}) for row in losing}
+    numbers = [n for n, row in enumerate(rows) if row.family in moved][:REQUESTS_REPLAYED]
+    caches = CacheModel(comparer.block_size), CacheModel(comparer.block_size)
+    sent, hits = [0, 0], [0, 0]
+    for number in numbers:
+        prompt = comparer.recall(number)
+        late = (
+            moved_behind(prompt, moved[rows[number].family], comparer.renderer, tokens) if any(moved.values()) else []
         )
-    return found
+        for n, ids in enumerate((prompt.ids, late)):
+            hits[n] += caches[n].cached_tokens(ids, prompt.salt)
+            sent[n] += len(ids)
+            caches[n].store(ids, prompt.salt)
+    rates = [hit / most if most else None for hit, most in zip(hits, sent, strict=True)]
+    texts = [text.text.strip() for of_family in moved.values() for text in of_family]
+    about = f"{losing[0].kind} {losing[0].where}"
+    hint = next((text for sign, text in HINTS if sign in about), "")
+    total = sum(row.lost_tokens for row in losing)
+    told = telling([text for text in texts if text])[:4]
+    return Advice(where, len(moved), len(losing), total, told, len(numbers), *rates, hint)
 
 
 def telling(texts: list[str]) -> list[str]:

@@ -88,10 +88,9 @@ def print_advice(console, advice: list[Advice]) -> None:
     if not advice:
         return
     console.print("\n[bold]What stands too early[/], and the hit rate with it behind all else (replayed)")
-    families = len({place.family for place in advice})
     for place in advice:
-        whose = f", prompts like line {place.family}" if families > 1 else ""
-        head = f"{place.where}{whose}: {count(place.requests, 'request')}, {place.lost_tokens:,} tokens lost"
+        whose = f" in {place.families} prompt families" if place.families > 1 else ""
+        head = f"{place.where}: {count(place.requests, 'request')}{whose}, {place.lost_tokens:,} tokens lost"
         console.print(shown(head), markup=False)
         texts = [repr(text if len(text) <= 32 else f"{text[:32]}...") for text in place.texts]
         while len(texts) > 1 and cell_len(", ".join(texts)) > 74:
@@ -100,7 +99,7 @@ def print_advice(console, advice: list[Advice]) -> None:
             console.print(cut(f"  {', '.join(texts)}"), markup=False, soft_wrap=True)
         if place.moved_hit_rate is not None and place.moved_hit_rate > place.hit_rate:
             rates = f"hit rate {place.hit_rate:.1%}, behind the static part {place.moved_hit_rate:.1%}"
-            console.print(f"  {rates} ({count(place.replayed, 'request')} of this family)", soft_wrap=True)
+            console.print(f"  {rates} ({count(place.replayed, 'request')} with such prompts)", soft_wrap=True)
         elif place.texts:
             console.print("  moving it gains nothing" + ("" if place.hint else ": keep what was sent, and append"))
         if place.hint:

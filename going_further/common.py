@@ -118,7 +118,6 @@ __all__ = [
     "per_worker",
     "price",
     "prime",
-    "render",
     "report",
     "root_cause",
     "run_command",
@@ -203,19 +202,6 @@ def import_transformers() -> ModuleType:
     except (ImportError, OSError, ValueError) as error:
         raise LessonError(f"cannot import transformers: {telling_line(error)}; is a variable odd?") from error
     return transformers
-
-
-def render(tokenizer, messages: list[dict], answer: bool = True, **variables: object) -> str:
-    """Return a chat as text, to where the answer begins, or where the last message ends.
-
-    `variables` are further ones of the template, like tools.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False, **variables)
-    except (TemplateError, OverflowError, TypeError, ValueError) as error:
-        raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
 
 
 def free_ports(count: int) -> list[int]:

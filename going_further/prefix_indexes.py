@@ -55,6 +55,7 @@ from going_further.common import (
     write_json,
 )
 from going_further.replay.analysis import prompts_in
+from going_further.replay.comparing import shared
 from going_further.replay.readers import read_log
 from going_further.replay.records import Record
 from going_further.replay.rendering import CannotRender, Renderer
@@ -214,20 +215,6 @@ class BlockHashes:
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-
-def shared(a: array, b: array) -> int:
-    """Return how many leading tokens two runs share: whole runs are compared at once, then halves."""
-    if a == b:
-        return len(a)
-    low, high = 0, min(len(a), len(b))  # so many are shared at least, and at most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 # --- what they are asked ---

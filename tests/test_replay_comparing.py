@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from helpers.models import write_llama
+from helpers.models import write_llama, write_model
 from rich.console import Console
 
 from going_further.common import CacheModel
@@ -88,16 +88,7 @@ def renderer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Rende
 
     def renderer(name: str, template: str | None = None) -> Renderer:
         if name not in made:
-            path = folder / name
-            if name == "built-in":
-                path = BUILT_IN
-            elif name.endswith("-like"):
-                path.mkdir()
-                for file in ("config.json", "tokenizer.json"):
-                    shutil.copy(BUILT_IN / file, path)
-                shutil.copy(FIELD / "models" / f"{name}.json", path / "tokenizer_config.json")
-            else:
-                write_llama(path, **({"template": template} if template else {}))
+            path = write_model(folder / name, name, template)
             made[name] = Renderer(str(path))
         return made[name]
 

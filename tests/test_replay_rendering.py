@@ -7,14 +7,13 @@ import contextlib
 import copy
 import importlib
 import json
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.models import write_llama
+from helpers.models import write_llama, write_model
 from rich.console import Console
 
 from going_further.common import LessonError
@@ -146,16 +145,7 @@ def renderer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ren
 
     def renderer(name: str) -> Renderer:
         if name not in made:
-            path = folder / name
-            if name == "built-in":
-                path = BUILT_IN
-            elif name.endswith("-like"):
-                path.mkdir()
-                for file in ("config.json", "tokenizer.json"):
-                    shutil.copy(BUILT_IN / file, path)
-                shutil.copy(FIELD / "models" / f"{name}.json", path / "tokenizer_config.json")
-            else:
-                write_llama(path, **({"template": FULL_TEMPLATE} if name == "full" else {}))
+            path = write_model(folder / name, name, FULL_TEMPLATE if name == "full" else None)
             made[name] = Renderer(str(path))
         return made[name]
 

@@ -13,6 +13,7 @@ import re
 import tempfile
 from array import array
 from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
 
 from going_further.common import CacheModel, LessonError
 from going_further.replay.records import Record
@@ -73,9 +74,11 @@ def gap(message: int) -> int:
 # --- two texts ---
 
 
-def shared(a: str | list[int], b: str | list[int]) -> int:
-    """Return how many characters or tokens two prompts begin with in common; by slices, for long ones fast."""
-    low, high = 0, min(len(a), len(b))
+def shared(a: Sequence, b: Sequence) -> int:
+    """Return how many characters or tokens two prompts begin with in common: slices are compared, and halved."""
+    if a == b:
+        return len(a)
+    low, high = 0, min(len(a), len(b))  # so many are shared at least, and at most
     while low < high:
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:

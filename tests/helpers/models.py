@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
-CORPUS = Path(__file__).parent.parent.parent / "built_in_model" / "corpus.txt"
+ROOT = Path(__file__).parent.parent.parent
+CORPUS, BUILT_IN = ROOT / "built_in_model" / "corpus.txt", ROOT / "built_in_model" / "cpu"
+FIELD_MODELS = ROOT / "tests" / "field" / "models"
 LLAMA_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'assistant' %}{{ m.content }}{{ eos_token }}"
@@ -59,3 +62,16 @@ def write_llama(folder: Path, template: str = LLAMA_TEMPLATE, **shape: object) -
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (folder / name).write_text(json.dumps(content, indent=2))
     return folder
+
+
+def write_model(folder: Path, name: str, template: str | None = None) -> Path:
+    """Return the folder of a model: "built-in", one of tests/field/models, or else a Llama with a template."""
+    if name == "built-in":
+        return BUILT_IN
+    if name.endswith("-like"):
+        folder.mkdir()
+        for file in ("config.json", "tokenizer.json"):
+            shutil.copy(BUILT_IN / file, folder)
+        shutil.copy(FIELD_MODELS / f"{name}.json", folder / "tokenizer_config.json")
+        return folder
+    return write_llama(folder, **({"template": template} if template else {}))

@@ -139,8 +139,8 @@ def without_engine(args: argparse.Namespace) -> int:
     elif args.block_size not in (None, block_size):
         raise UsageError(f"this trace has blocks of {block_size} tokens, --block-size asks for {args.block_size}")
     found = analyse(path, renderer, block_size, options, console)
-    whose = "" if renderer is None else f"template and tokens of {args.model or 'built_in_model/cpu'}, "
-    console.print(shown(f"{whose}blocks of {block_size}; nothing was sent"), markup=False)
+    whose = "" if renderer is None else f"template of {args.model or 'built_in_model/cpu'}, "
+    console.print(shown(f"{whose}blocks of {block_size} tokens; nothing was sent"), markup=False)
     console.print("[bold] line  prompt predicted  best predecessor")
     for row in rows_to_show(found.rows):
         print_row(console, row, None)

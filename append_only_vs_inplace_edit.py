@@ -6,7 +6,7 @@ what the next turn costs, because a prompt is found in the KV cache only up to
 its first different token (see lesson 1).
 
   bad   the JSON state at the top is edited in place: a status, a counter. From
-        there on everything is new, the whole conversation after it included
+        there on all is new, instructions, tools and conversation included
   good  the state is written once, and each change is appended as a log entry.
         Every turn's prompt begins with all of the turn before
 
@@ -191,22 +191,22 @@ def claim_counts(
     run: Run, prompts: dict[str, list[list[int]]], bad: list[Measurement], good: list[Measurement]
 ) -> None:
     """Claim what the prompts themselves allow: whole blocks of what a turn has in common with earlier ones."""
-    edited, kept, model = prompts["bad"], prompts["good"], run.model
-    before_edit = []  # per turn: the most that any earlier turn can have left of it
-    for n in range(1, len(edited)):
-        before_edit.append(model.whole_blocks(max(common_prefix(earlier, edited[n]) for earlier in edited[:n])))
-    no_more = all(m.cached_tokens <= most for m, most in zip(bad[1:], before_edit, strict=True))
-    evidence = f"at most {max(m.cached_tokens for m in bad[1:]):,} cached, {max(before_edit):,} before the edit"
-    run.claim("in place: no turn finds more than what stands before the edit", no_more, evidence)
+    model, before_edit, no_more, all_found = run.model, 0, True, True
+    for n in range(1, len(bad)):
+        turn = prompts["bad"][n]
+        left = model.whole_blocks(max(common_prefix(earlier, turn) for earlier in prompts["bad"][:n]))
+        no_more = no_more and bad[n].cached_tokens <= left  # no earlier turn, whichever it is, has left more of it
+        before_edit = max(before_edit, left)
 
-    turns_found = []
-    for m, (before, after) in zip(good[1:], itertools.pairwise(kept), strict=True):
-        in_common = model.whole_blocks(common_prefix(before, after))
+        before = prompts["good"][n - 1]
+        in_common = model.whole_blocks(common_prefix(before, prompts["good"][n]))
         # A prompt ends with the opening of an answer, which the next turn may write differently: a block at most.
         is_append = in_common >= model.whole_blocks(len(before)) - model.block_size
-        turns_found.append(is_append and m.cached_tokens >= in_common)
-    evidence = f"{sum(m.cached_tokens for m in good[1:]):,} cached, {sum(map(len, kept[:-1])):,} sent"
-    run.claim("append-only: every turn finds all whole blocks of the turn before", all(turns_found), evidence)
+        all_found = all_found and is_append and good[n].cached_tokens >= in_common
+    evidence = f"at most {max(m.cached_tokens for m in bad[1:]):,} cached, {before_edit:,} before the edit"
+    run.claim("in place: no turn finds more than what stands before the edit", no_more, evidence)
+    evidence = f"{sum(m.cached_tokens for m in good[1:]):,} cached, {prompt_tokens(good[:-1]):,} sent"
+    run.claim("append-only: every turn finds all whole blocks of the turn before", all_found, evidence)
 
     sends_more = prompt_tokens(good) > prompt_tokens(bad)
     computes_less = computed_tokens(good) < computed_tokens(bad)
@@ -270,7 +270,7 @@ async def lesson(run: Run) -> None:
             enable_prefix_caching=not run.args.no_prefix_caching,
             max_model_len=length,
             max_num_batched_tokens=length,  # a prompt is computed in one step
-            kv_cache_memory_bytes=model.kv_bytes(16, length),  # 16 prompts; a turn is found again by the next turn only
+            kv_cache_memory_bytes=model.kv_bytes(16, length),  # 16 prompts: more than the last turns of both arms
             graph_tokens=suffix,  # ours: on a GPU, steps as short as a hit's are replayed as one CUDA graph
         )
     await run.warm_up(longest, suffix)
@@ -323,7 +323,7 @@ def main() -> int:
 
 
 async def key_order(run: Run, engine: Engine, static: str) -> None:
-    """The same state each turn, but its keys in another order: what an unordered dict or set does to a prompt."""
+    """The same state each turn, but its keys in another order: what a dict filled in another order does to a prompt."""
     for n in range(run.args.requests):
         messages = good_messages(static, n)
         keys = random.Random(n).sample(sorted(START), len(START))
@@ -340,20 +340,22 @@ async def key_order(run: Run, engine: Engine, static: str) -> None:
 
 
 async def compaction(run: Run, engine: Engine, static: str) -> None:
-    """Fold the log into a new static state half-way: one cold turn, then short again."""
+    """Half-way, put the state in the place of the conversation that led to it: one cold turn, then short again."""
     fold = run.args.requests // 2
     for n in range(run.args.requests):
         messages = good_messages(static, n, since=fold if n >= fold else 0)
         await engine.ask(run.model.encode(messages), "compaction", "good_compact", n, salt="good_compact")
     kept, folded = run.measured("main", "good"), run.measured("compaction", "good_compact")
     run.print(f"\n[bold]Compaction[/]: at turn {fold} the log becomes the state: append-only, but not unbounded")
+    first = max(0, fold - 5)
     rows = {
+        "turn": range(len(folded)),
         "prompt": [m.prompt_tokens for m in folded],
         "new": [m.computed_tokens for m in folded],
         "new, not folded": [m.computed_tokens for m in kept],
     }
     for name, values in rows.items():
-        run.print(f"{name:<16}" + "".join(f"{value:>6,}" for value in values[-10:]))
+        run.print(f"{name:<16}" + "".join(f"{value:>6,}" for value in values[first : first + 10]))
     short, long = folded[-1].prompt_tokens, kept[-1].prompt_tokens
     run.claim("a folded log is a shorter prompt", short < long, f"{short:,} and {long:,} tokens")
     cold, later = folded[fold].computed_tokens, [m.computed_tokens for m in folded[fold + 1 :]]
@@ -388,7 +390,7 @@ async def generated_tokens(run: Run, engine: Engine, static: str) -> None:
         m = await engine.ask(ids + again + following, "generated", arm, 1, salt=arm)
         at = common_prefix(written, again)
         where = "none" if at == len(written) else f"token {at} of {len(written)}, {len(again)} when encoded again"
-        run.print(f"{arm:<14}{len(ids) + len(written):>9,}{m.cached_tokens:>9,}   {where}")
+        run.print(f"{arm:<14}{len(ids) + len(again):>9,}{m.cached_tokens:>9,}   {where}")
         if arm == "ids":
             whole = model.whole_blocks(len(ids) + len(written) - 1)  # the last token has no KV yet
             run.claim("generated ids are found", m.cached_tokens == whole, f"{m.cached_tokens:,} of {whole:,} tokens")
@@ -419,24 +421,23 @@ async def course_turn(run: Run, engine: Engine, static: str) -> None:
     for name, (cached, ttft) in found.items():
         bill = course_cost(cached, len(again) - cached)
         run.print(row.format(name, cached, len(again) - cached, f"${bill:.6f}", f"{bill / alone - 1:+.0%}", ttft))
-    whole = model.whole_blocks(len(asked) + 50 - 1)
+    whole = model.whole_blocks(len(again) - len(following) - 1)
     run.print("The answer's last token has no KV yet, and a block is found whole or not at all.")
     run.claim("turn 2 finds turn 1 and its answer, in whole blocks", warm.cached_tokens == whole, f"{whole} tokens")
 
 
 def course_cost(cached: int, new: int) -> float:
-    """Return $ at the course text's own prices."""
+    """Return $ at the course text's own prices, a tenth for what is cached."""
     return (new * 0.01 + cached * 0.001) / 1000
 
 
 def course_bill(run: Run) -> None:
     """Its ten turns, each 100 tokens longer: -95 % time and -90 % cost, it says; not so, by its own numbers."""
-    share = run.args.price_cached / run.args.price_input
     growing = [100 * turn for turn in range(1, 11)]
     sent, new = sum(growing), growing[-1]  # edited in place everything sent is computed, appended only what is new
     run.print(f"ten turns, each 100 tokens longer: computes {sent:,} or {new:,}: {new / sent - 1:+.0%}, not -95%")
-    paid = (new + share * (sent - new)) / sent
-    run.print(f"cost with cached tokens at {share:.0%} of the price: {paid - 1:+.0%}, not -90%")
+    paid = course_cost(sent - new, new) / course_cost(0, sent)
+    run.print(f"cost with cached tokens at a tenth of the price: {paid - 1:+.0%}, not -90%")
     bad, good = run.measured("main", "bad"), run.measured("main", "good")
     computed = computed_tokens(good) / computed_tokens(bad) - 1
     bill = cost(good, run.args) / cost(bad, run.args) - 1
@@ -1027,7 +1028,8 @@ class Run:
         for claim in failed:
             self.console.print(f"\n[bold red]FAILED[/]: {claim['claim']}\n  {claim['evidence']}")
         held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
-        self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s")
+        control = "\nthe control, without the cache: claims are meant to fail" if self.args.no_prefix_caching else ""
+        self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s{control}")
         if self.args.json:
             write_json(self.args.json, self.result)
         return 1 if failed else 0
@@ -1078,9 +1080,8 @@ def find_model(name: str) -> str:
     except errors.HFValidationError as error:
         raise LessonError(f"{name} is no name that the hub takes: {telling_line(error)}") from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
-            answer = f"the hub answers {error.response.status_code} for {name}"
-            raise LessonError(f"{answer}: check the name, or run `hf auth login`") from error
+        if isinstance(error, errors.HfHubHTTPError) and (status := error.response.status_code) < 500:
+            raise LessonError(f"the hub answers {status} for {name}: check the name, or `hf auth login`") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:
@@ -1154,7 +1155,7 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--deeper", action="store_true", help="add this lesson's further experiments")
-    add("--predict", action="store_true", help="say first how much will be found; your score follows")
+    add("--predict", action="store_true", help="in a lesson: say first how much will be found")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
     add("--check-options", action="store_true", help=argparse.SUPPRESS)  # by the runner, which knows none of them

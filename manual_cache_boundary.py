@@ -1328,7 +1328,8 @@ class Run:
         for claim in failed:
             self.console.print(f"\n[bold red]FAILED[/]: {claim['claim']}\n  {claim['evidence']}")
         held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
-        self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s")
+        control = "\nthe control, without the cache: claims are meant to fail" if self.args.no_prefix_caching else ""
+        self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s{control}")
         if self.args.json:
             write_json(self.args.json, self.result)
         return 1 if failed else 0
@@ -1379,9 +1380,8 @@ def find_model(name: str) -> str:
     except errors.HFValidationError as error:
         raise LessonError(f"{name} is no name that the hub takes: {telling_line(error)}") from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
-            answer = f"the hub answers {error.response.status_code} for {name}"
-            raise LessonError(f"{answer}: check the name, or run `hf auth login`") from error
+        if isinstance(error, errors.HfHubHTTPError) and (status := error.response.status_code) < 500:
+            raise LessonError(f"the hub answers {status} for {name}: check the name, or `hf auth login`") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:
@@ -1455,7 +1455,7 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--deeper", action="store_true", help="add this lesson's further experiments")
-    add("--predict", action="store_true", help="say first how much will be found; your score follows")
+    add("--predict", action="store_true", help="in a lesson: say first how much will be found")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")
     add("--check-options", action="store_true", help=argparse.SUPPRESS)  # by the runner, which knows none of them

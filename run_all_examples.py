@@ -148,7 +148,7 @@ def summarise(runs: list[LessonRun]) -> list[str]:
         bad, good = (read_arm(result, arm) for arm in ("bad", "good"))
         length = f"  {result['environment']['prefix_tokens']:,} static tokens"
         for label, kind, arm in ((name, "bad", bad), (length, "good", good)):
-            rate, ttft, cost = f"{arm.hit_rate:.1%}", f"{arm.median_ms:,.1f} ms", f"${arm.dollars:.4f}"
+            rate, ttft, cost = f"{arm.hit_rate:.1%}", milliseconds(arm.median_ms), f"${arm.dollars:.4f}"
             lines.append(f"{label:<33}{kind:<6}{rate:>10}{ttft:>11}{arm.computed_tokens:>11,}{cost:>9}")
         computed = good.computed_tokens / bad.computed_tokens - 1
         cost = good.dollars / bad.dollars - 1
@@ -198,7 +198,8 @@ def environment_differences(a: dict, b: dict) -> Iterator[tuple[str, str]]:
     """Yield the keys in which two environments differ, each with both values. When a run was started is no matter."""
     for key in dict.fromkeys([*a, *b]):
         if key != "started_at" and a.get(key, "-") != b.get(key, "-"):
-            yield shown(key), " | ".join(shown(str(environment.get(key, "-"))) for environment in (a, b))
+            length = 12 if key.endswith("sha256") else None  # enough to tell two hashes apart
+            yield shown(key), " | ".join(shown(str(environment.get(key, "-")))[:length] for environment in (a, b))
 
 
 def count_difference(number: int, arm: str, a: dict, b: dict) -> str:

@@ -5,11 +5,11 @@ Write a prompt in two parts, the static one first, and mark where it ends:
     <instructions, policies, tools> // __CACHE_END__ <user data, question>
 
 vLLM has no such marker: it finds the longest cached prefix of every prompt by
-itself, in whole blocks of tokens. There the boundary is a rule of your own: the
-marker is taken out before the prompt is sent, and says how far the cache can be
-primed before the first user comes. Hosted APIs with explicit breakpoints do
-need to be told: a field of the request, not a text in the prompt, says "keep
-the prefix up to here", and a prefix that does not match exactly is not found.
+itself, in whole blocks of tokens. The marker is for you: it is taken out before
+the prompt is sent, and says how far the cache can be primed before the first
+user comes. Hosted APIs with explicit breakpoints do need to be told: a field of
+the request, not a text in the prompt, says "keep the prefix up to here", and a
+prefix that does not match exactly is not found.
 
   bad   dynamic data stands before the end of the static part
   good  the prompt is split at the marker; all dynamic data comes after it
@@ -24,7 +24,8 @@ token ids, within a byte budget (least recently used out first), for a time to
 live, pinned on request. First-token logits are compared with uncached ones.
 
 --prompt-file FILE takes a prompt of your own with the marker in it. Given twice
-or more, for prompts as they were really sent, it finds where the marker belongs.
+or more, for prompts as they were really sent and without a marker, the lesson
+finds where it belongs.
 --deeper adds: a boundary too early, too late, and inside a token; three
 tiers in one store; and the KV cache itself, within one request.
 """
@@ -35,6 +36,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import math
@@ -110,11 +112,9 @@ def find_boundary(texts: list[str], share: float = 1.0, places: Sequence[int] = 
     return max(line_end, *before, 0) or agreed.rfind(" ") + 1
 
 
-DIFFERENCES = {  # what a pair of differing words, or the line they are in, looks like; the first one counts
-    "clock": r"\d{4}-\d\d-\d\d|\d\d:\d\d|\b1[67]\d{8}",
-    "user": r"(?i)\b(user|member|reader|customer|account|tenant)\b",
-    "id": r"\b(?=[\w-]*\d)[\w-]{6,}",
-}
+CLOCK = r"\d{4}-\d\d-\d\d|\d\d:\d\d|\b1[67]\d{8}"
+USER = r"(?i)\b(user|member|reader|customer|account|tenant)\b"
+ID = r"\b(?=[\w-]*\d)[\w-]{6,}"
 
 
 def differences(text: str, other: str) -> list[tuple[str, str, str]]:
@@ -132,11 +132,12 @@ def differences(text: str, other: str) -> list[tuple[str, str, str]]:
 
 
 def kind_of_difference(line: str, counterpart: str) -> str:
-    changed = " ".join(sorted(set(line.split()) ^ set(counterpart.split())))
-    for kind, pattern in DIFFERENCES.items():
-        if re.search(pattern, line + counterpart if kind == "user" else changed):
-            return kind
-    return "text"
+    changed = " ".join(set(line.split()) ^ set(counterpart.split()))
+    if re.search(CLOCK, changed):
+        return "clock"
+    if re.search(USER, f"{line} {counterpart}"):  # such a word stands beside what changes
+        return "user"
+    return "id" if re.search(ID, changed) else "text"
 
 
 def reader(n: int) -> str:
@@ -185,8 +186,8 @@ async def pair(run: Run, engine: Engine, prompts: dict[str, list[list[int]]]) ->
     run.print_comparison(bad, good)
 
     # What the prompts themselves allow: a cache finds whole blocks of what two prompts have in common from the top.
-    before_data = max(common_prefix(a, b) for a, b in itertools.combinations(prompts["bad"], 2))
-    before_data = run.model.whole_blocks(before_data)
+    shared_by_bad = max(common_prefix(a, b) for a, b in itertools.combinations(prompts["bad"], 2))
+    before_data = run.model.whole_blocks(shared_by_bad)
     static = run.model.whole_blocks(min(common_prefix(prompts["good"][0], ids) for ids in prompts["good"][1:]))
     most_bad, first_good = max(m.cached_tokens for m in bad), good[0].cached_tokens
     evidence = f"at most {most_bad:,} tokens found, {before_data:,} before the data"
@@ -205,13 +206,12 @@ def boundary_of_its_own(run: Run, prompt: str, boundary: int) -> None:
     for arm, layout in LAYOUTS.items():
         chats = [layout(prompt, n) for n in range(run.args.requests)]
         texts = [model.render(chat) for chat in chats]
-        contents = [texts[0].find(message["content"].strip()) for message in chats[0]]  # -1: written in another way
-        found[arm] = tokens_before(model, texts[0], find_boundary(texts, places=contents))
+        starts = [texts[0].find(message["content"].strip()) for message in chats[0]]  # -1: the template changes it
+        found[arm] = tokens_before(model, texts[0], find_boundary(texts, places=starts))
     kinds = {kind for kind, _, _ in differences(*texts[:2])}
     run.print(f"\nFound by itself in {len(texts)} good prompts: the boundary is at token {found['good']:,}")
-    run.print(
-        f"(the marker: {boundary:,}), behind it differ: {', '.join(sorted(kinds))}. In bad: at token {found['bad']:,}."
-    )
+    behind = f"behind it differ: {', '.join(sorted(kinds))}"
+    run.print(f"(the marker: {boundary:,}), {behind}. In bad: at token {found['bad']:,}.")
     evidence = f"at token {found['good']:,}, the marker at {boundary:,}"
     equal = model.whole_blocks(found["good"]) == model.whole_blocks(boundary)
     run.claim("the boundary found primes as many blocks as the marker", equal, evidence)
@@ -226,19 +226,20 @@ def mark_boundary(run: Run, texts: list[str]) -> str:
     model, first = run.model, texts[0]
     for text in texts:
         model.check_length(model.count(text))
-    at, other = find_boundary(texts), min(texts[1:], key=lambda text: common_prefix(first, text))
+    at = find_boundary(texts)
     static, rest = first[:at], first[at:]
+    other = min(texts[1:], key=lambda text: common_prefix(first, text))  # the one that differs first
+    found = differences(first, other)
     if not static.strip():
-        differ = "; ".join(f"{kind}: {line[:60]!r}" for kind, line, _ in differences(first, other)[:2])
+        differ = "; ".join(f"{kind}: {line[:60]!r}" for kind, line, _ in found[:2])
         raise LessonError(f"the prompts have no beginning in common: move what differs to their end ({differ})")
     tokens = tokens_before(model, first, at)
-    line = len(static.splitlines())
-    run.print(f"Found in {len(texts)} prompts: they agree up to character {at:,} (token {tokens:,}), line {line}.")
-    found = differences(first, other)
+    lines = len(static.splitlines())
+    run.print(f"Found in {len(texts)} prompts: they agree up to character {at:,} (token {tokens:,}), line {lines}.")
     for kind, one, another in found[:5]:
         run.print(f"  {kind:<6}{shown(one.strip()[:34])!r:<37}{shown(another.strip()[:34])!r}", markup=False)
-    behind = set(rest.splitlines()).intersection(*(text[at:].splitlines() for text in texts[1:]))
-    shared = model.count("\n".join(line for line in rest.splitlines() if line in behind))
+    others = [text[at:].splitlines() for text in texts[1:]]
+    shared = model.count("\n".join(line for line in rest.splitlines() if all(line in lines for lines in others)))
     if shared >= model.block_size:
         run.print(f"Behind it all share {shared:,} tokens more: move the lines above to the end.")
     around = [*static.splitlines()[-2:], MARKER, *rest.splitlines()[:2]]
@@ -259,7 +260,8 @@ async def lesson(run: Run) -> None:
     with run.timed(None, "Making prompts..."):
         for arm, layout in LAYOUTS.items():
             prompts[arm] = [model.encode(layout(prompt, n)) for n in range(run.args.requests)]
-    boundary = marked_tokens(model, prompt)
+    text = model.render(good_messages(prompt, 0))  # what the template writes before the reader's data is static, too
+    boundary = tokens_before(model, text, text.index(reader(0)))
     run.environment["prefix_tokens"] = run.args.prefix_tokens or boundary
     if model.whole_blocks(boundary) <= model.whole_blocks(common_prefix(*prompts["bad"][:2])):
         short = f"the prefix before {MARKER!r} has {boundary} tokens, too few to lose a block of {model.block_size}"
@@ -277,7 +279,7 @@ async def lesson(run: Run) -> None:
             enable_prefix_caching=not run.args.no_prefix_caching,
             max_model_len=length,
             max_num_batched_tokens=length,  # a prompt is computed in one step
-            kv_cache_memory_bytes=model.kv_bytes(8, length),  # eight prompts; what is found again was used a moment ago
+            kv_cache_memory_bytes=model.kv_bytes(8, length),  # eight prompts: older ones leave, a prefix in use stays
             graph_tokens=suffix,  # ours: on a GPU, steps as short as a hit's are replayed as one CUDA graph
         )
     await run.warm_up(longest, suffix)
@@ -303,14 +305,8 @@ async def lesson(run: Run) -> None:
             kv_cache(run, explicit, prompts["good"][1])
 
 
-def marked_tokens(model: Model, prompt: str) -> int:
-    """Return how many tokens stand before the marker, without a last one that would merge with what follows."""
-    text = model.render(good_messages(prompt, 0))
-    return tokens_before(model, text, text.index(reader(0)))
-
-
 def tokens_before(model: Model, text: str, place: int) -> int:
-    """Return how many tokens of a text end at a place in it or before."""
+    """Return how many tokens of a text end at a place in it or before; one that would reach across it does not."""
     return common_prefix(model.tokens(text[:place]), model.tokens(text))
 
 
@@ -385,8 +381,8 @@ class PrefixStore:
     def key(ids: list[int]) -> str:
         return hashlib.sha256(array("q", ids).tobytes()).hexdigest()
 
-    def nbytes(self, pinned_only: bool = False) -> int:
-        return sum(entry.nbytes for entry in self.entries.values() if entry.pinned or not pinned_only)
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
 
     def put(self, ids: list[int], kv: DynamicCache, pinned: bool = False) -> None:
         """Keep a copy of `kv`, the KV of exactly `ids`; a pinned entry stays pinned. Raises ValueError, or NoRoom."""
@@ -400,7 +396,7 @@ class PrefixStore:
         pinned = pinned or (earlier is not None and earlier.pinned)
         held = sum(entry.nbytes for other, entry in self.entries.items() if entry.pinned and other != key)
         room = self.max_bytes - held
-        if size > room or (pinned and size == room):  # pins never fill the store: nothing else could be kept then
+        if size > room or (pinned and size == room):  # pins must not fill the store: nothing else could be kept then
             raise NoRoom(f"pinned entries hold {held:,} of {self.max_bytes:,} bytes: no room beside {size:,} more")
         self.entries.pop(key, None)
         self.make_room(size)
@@ -452,12 +448,14 @@ class ExplicitEngine:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.config, self.device = AutoConfig.from_pretrained(model, trust_remote_code=False), device
+        options = dict(dtype=torch.float32, trust_remote_code=False)
+        self.build = functools.partial(AutoModelForCausalLM.from_config, self.config, **options)
         try:
             with torch.device("meta"):  # shapes without numbers
-                network = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
+                weights = sum(parameter.nbytes for parameter in self.build().parameters())
         except (ImportError, ValueError) as error:
             raise LessonError(f"transformers cannot build the model in {model}: {telling_line(error)}") from error
-        self.nbytes = sum(parameter.nbytes for parameter in network.parameters()) + 4 * kv_bytes
+        self.nbytes = weights + 4 * kv_bytes
         self.check_memory(memory)
 
     def check_memory(self, free: int) -> None:
@@ -468,15 +466,12 @@ class ExplicitEngine:
     def load(self, length: int) -> None:
         """Make the model, with random weights, and warm it up with `length` unrelated tokens."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         if self.device == "cuda":  # only now: what has touched the GPU cannot be forked
             self.check_memory(torch.cuda.mem_get_info()[0])
         torch.manual_seed(0)  # normally initialised: with vLLM's tiny dummy weights all prompts give the same logits
         with torch.device(self.device):
-            self.network = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch.float32, trust_remote_code=False
-            ).eval()
+            self.network = self.build().eval()
         self.computed = 0  # tokens that went through the model
         kv, _ = self.prefill([5] * length)
         self.store_bytes = 2 * kv_nbytes(kv)  # a store that holds two prompts
@@ -512,9 +507,9 @@ class ExplicitEngine:
         A prompt may have several boundaries. One that the store has no room for is answered all the same.
         """
         start = time.perf_counter()
-        cached, kv = (0, None) if store is None else store.get(ids)
-        for end in sorted(boundaries) if store else []:
-            if cached < end < len(ids):  # the last token is left: it gives the logits
+        cached, kv = store.get(ids) if store else (0, None)
+        for end in sorted(boundaries):
+            if store and cached < end < len(ids):  # the last token is left: it gives the logits
                 kv, _ = self.prefill(ids[:end], kv)
                 with contextlib.suppress(NoRoom):
                     store.put(ids[:end], kv)
@@ -542,8 +537,8 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
     if run.environment["transformers_model"] != run.environment["model"]:
         run.print(f"with {shown(run.environment['transformers_model'])}", markup=False)
     run.print_pair_head("everything is prefilled", "PrefixStore, marked prefix")
-    store = PrefixStore(explicit.store_bytes, ttl_s=300, clock=time.monotonic)
-    differences, equal = [], 0
+    store = PrefixStore(explicit.store_bytes, ttl_s=math.inf, clock=time.monotonic)
+    apart_by, equal = [], 0
     for n, ids in enumerate(prompts):
         logits = {}
         for arm in in_turn(("bad", "good"), n):
@@ -552,7 +547,7 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
             add_measurement(run, "explicit_store", arm, n, ids, cached, predicted, ms)
         bad, good = run.measured("explicit_store", "bad"), run.measured("explicit_store", "good")
         run.print_pair(n, bad[-1], good[-1])
-        differences.append(apart(logits["good"], logits["bad"]))
+        apart_by.append(apart(logits["good"], logits["bad"]))
         equal += int(logits["good"].argmax() == logits["bad"].argmax())
     counts = f"{store.hits} hits, {store.misses} misses, {store.evictions} evictions"
     run.print(f"store: {counts}, {store.nbytes() / 1e6:.1f} MB held")
@@ -561,11 +556,11 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
     for layer in spoilt.layers:
         layer.values.mul_(-1)
     control = apart(explicit.prefill(prompts[-1], spoilt)[1], logits["bad"])
-    largest = max(differences)
+    largest = max(apart_by)
     run.print(f"first-token logits: cached and uncached {largest:.0e} apart; with corrupted KV {control:.1f}")
     run.print(time_verdict(bad[1:], good[1:]))
     evidence = f"{largest:.1e} apart at most, tolerance {explicit.tolerance:.0e} in float32"
-    equal_logits = all(difference <= explicit.tolerance for difference in differences)  # not a number: not equal
+    equal_logits = all(difference <= explicit.tolerance for difference in apart_by)  # not a number: not equal
     run.claim("logits from stored KV are those of a full prefill", equal_logits, evidence)
     run.claim("the next token is the same", equal == len(prompts), f"{equal} of {len(prompts)} requests")
     run.claim("corrupted KV does change the logits", control > explicit.tolerance, f"{control:.1e} apart")
@@ -585,13 +580,12 @@ def tiers(run: Run, explicit: ExplicitEngine) -> None:
         store.put(prefixes[name], kv[name])
     now = 301.0
     store.get([*prefixes["request, used again"], 6])
-    for name in ("request", "another request"):  # the second one finds no room
+    for name in ("request", "another request"):  # the second takes the place of the one that is unused
         store.put(prefixes[name], kv[name])
-    rules = {"system prompt": "pinned", "conversation": f"time to live, {store.ttl_s} s"}
     kept = {name: store.key(prefix) in store.entries for name, prefix in prefixes.items()}
     run.print(f"\n[bold]Three tiers in one store[/] with room for four, after {now:.0f} s")
-    for name in names[:4]:
-        rule = rules.get(name, "last use, where room is short")
+    rules = ("pinned", f"time to live, {store.ttl_s} s", "last used a moment ago", "last used longest ago")
+    for name, rule in zip(names, rules, strict=False):
         run.print(f"{name:<22}{rule:<32}{'kept' if kept[name] else 'gone'}")
     right = list(kept.values()) == [True, False, True, False, True, True]
     evidence = f"kept: {', '.join(name for name in names if kept[name])}"
@@ -621,19 +615,6 @@ BECAUSE = {
 }
 
 
-def half_way(model: Model, static: str, boundary: int) -> str:
-    """Return the beginning of a text that has half of `boundary` tokens at most, cut between words where it can be."""
-    short, long = 0, len(static)  # in characters: the first is not too long, the second is
-    while long - short > 1:
-        middle = (short + long) // 2
-        if model.count(static[:middle]) <= boundary // 2:
-            short = middle
-        else:
-            long = middle
-    word = max(static.rfind(" ", 0, short), static.rfind("\n", 0, short) + 1)
-    return static[:word] if word > 0 else static[:short]
-
-
 def inside_a_token(model: Model, static: str, whole: list[int], boundary: int) -> list[int] | None:
     """Return the tokens of a beginning of `static` that ends a block in the middle of a word, None where none does.
 
@@ -652,15 +633,17 @@ def inside_a_token(model: Model, static: str, whole: list[int], boundary: int) -
 
 def boundary_places(model: Model, prompt: str, boundary: int) -> dict[str, list[int]]:
     """Return what is primed, as token ids, with the boundary where it belongs and where it does not."""
-    text, whole = model.render(good_messages(prompt, 0)), model.encode(good_messages(prompt, 0))
+    chat = good_messages(prompt, 0)
+    text, whole = model.render(chat), model.encode(chat)
     static = text[: text.index(reader(0))]  # as rendered
     primed = {
         "right": whole[:boundary],
-        "too early": model.tokens(half_way(model, static, boundary)),
+        "too early": whole[: boundary // 2],
         "too late": model.tokens(static + reader(0)),
     }
-    inside = inside_a_token(model, static, whole, boundary)
-    return primed | ({"inside a token": inside} if inside else {})  # not every text has such a place
+    if inside := inside_a_token(model, static, whole, boundary):  # not every text has such a place
+        primed["inside a token"] = inside
+    return primed
 
 
 async def boundaries_on_vllm(run: Run, engine: Engine, primed: dict[str, list[int]], whole: list[int]) -> None:
@@ -680,21 +663,20 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
     for name, ids in primed.items():
         exact = len(ids) if whole[: len(ids)] == ids else 0
         for n in range(SAMPLES):
-            store = PrefixStore(explicit.store_bytes, ttl_s=300, clock=time.monotonic)
+            store = PrefixStore(explicit.store_bytes, ttl_s=math.inf, clock=time.monotonic)
             store.put(ids, explicit.prefill(ids)[0])
             cached, ms, _ = explicit.ask(whole, [], store)
             add_measurement(run, "boundary_store", name, n, whole, cached, exact, ms)
-        cells = [name, f"{len(ids):,}"]
-        for experiment, found in (("boundary", on_vllm), ("boundary_store", in_store)):
-            measured = run.measured(experiment, name)
-            found[name] = measured[0].cached_tokens
-            cells += [f"{found[name]:,}", milliseconds(median_ms(measured))]
-        run.print(row.format(*cells, BECAUSE[name]))
+        vllm, own = run.measured("boundary", name), run.measured("boundary_store", name)
+        on_vllm[name], in_store[name] = vllm[0].cached_tokens, own[0].cached_tokens
+        cells = [f"{on_vllm[name]:,}", milliseconds(median_ms(vllm))]
+        cells += [f"{in_store[name]:,}", milliseconds(median_ms(own))]
+        run.print(row.format(name, f"{len(ids):,}", *cells, BECAUSE[name]))
 
     right, early, late = on_vllm["right"], on_vllm["too early"], on_vllm["too late"]
     run.claim("a boundary too early leaves less to find", early < right, f"{early:,} of {right:,} tokens")
     only_on_vllm = in_store["too late"] == 0 and late >= right
-    evidence = f"{in_store['too late']:,}, {late:,} tokens"
+    evidence = f"{in_store['too late']:,} tokens in the store, {late:,} on vLLM"
     run.claim("a boundary too late: nothing in the store, on vLLM all that is static", only_on_vllm, evidence)
     if "inside a token" in primed:
         lost = len(primed["inside a token"]) - on_vllm["inside a token"]
@@ -707,8 +689,8 @@ def kv_cache(run: Run, explicit: ExplicitEngine, ids: list[int]) -> None:
     run.print(f"{'':<9}{'KV KEPT':>11}{'':>27}{'NOT KEPT'}")
     run.print(f"{'prompt':>7}" + f"{'first':>11}{'next':>10}{'computed':>11}" * 2)
     same = once = 0
-    for n, share in enumerate((8, 4, 2)):
-        prompt, texts, computed = ids[: len(ids) // share], {}, {}
+    for n, part in enumerate((8, 4, 2)):
+        prompt, texts, computed = ids[: len(ids) // part], {}, {}
         for arm in in_turn(("kept", "not kept"), n):
             texts[arm], times, computed[arm] = explicit.write(prompt, WRITTEN, keep_kv=arm == "kept")
             add_measurement(run, "kv_cache", arm, n, prompt, 0, 0, times[0], tpot_ms=statistics.median(times[1:]))

@@ -129,7 +129,11 @@ def changes_workers(traffic: Traffic, workers: int) -> bool:
 
 def rendezvous(session: str, workers: list[int]) -> list[int]:
     """Return the workers in a session's order of preference; to lose one changes nothing about the others."""
-    return sorted(workers, key=lambda worker: hashlib.sha256(f"{session}/{worker}".encode()).digest(), reverse=True)
+
+    def score(worker: int) -> bytes:
+        return hashlib.sha256(f"{session}/{worker}".encode()).digest()
+
+    return sorted(workers, key=score, reverse=True)
 
 
 class Affinity:
@@ -173,20 +177,12 @@ async def send(
 
 
 def shared_prefixes(prompts: list[list[int]], block_size: int) -> list[list[int]]:
-    """Return the leading blocks that a prompt has in common with any other one, each run of blocks once.
-
-    Blocks are told apart as the cache does it: by a hash over a block and all before it.
-    """
-    chains = [list(CacheModel(block_size).chain(ids)) for ids in prompts]
-    owners = Counter(block for chain in chains for block in chain)  # how many prompts have a block
+    """Return the leading blocks that prompts have in common, the shortest first."""
     shared = set()
-    for ids, chain in zip(prompts, chains, strict=True):
-        blocks = 0
-        while blocks < len(chain) and owners[chain[blocks]] > 1:
-            blocks += 1
-        if blocks:
-            shared.add(tuple(ids[: blocks * block_size]))
-    return [list(ids) for ids in sorted(shared, key=len)]
+    for one, other in itertools.pairwise(sorted(prompts)):  # those with most in common stand side by side
+        blocks = common_prefix(one, other) // block_size
+        shared.add(tuple(one[: blocks * block_size]))
+    return sorted(map(list, shared - {()}), key=len)
 
 
 async def prime(workers: list[Engine], arm: str, prompts: list[list[int]]) -> None:
@@ -226,7 +222,7 @@ async def pair(run: Run, workers: list[Engine], traffic: Traffic) -> None:
     claim_counts(run, traffic, bad, good)
     computed_bad, computed_good = (sum(m.computed_tokens for m in arm) for arm in (bad, good))
     run.print(
-        f"\nThe same sessions, the same order: {computed_bad:,} tokens computed, with affinity {computed_good:,}."
+        f"\nThe same sessions, the same order: {computed_bad:,} tokens computed, {computed_good:,} with affinity."
     )
     run.result["verdict"] = [pair_verdict(pair_ratios(bad, good), sign_test=run.args.deeper)]
     run.print(*run.result["verdict"])
@@ -330,7 +326,7 @@ def make_traffic(run: Run) -> Traffic:
 
 
 async def lesson(run: Run) -> None:
-    """Make the traffic, start vLLM several times, and send it in both ways."""
+    """Make the traffic, start the workers, and send it in both ways."""
     model, args, traffic, hot = run.model, run.args, make_traffic(run), []
     if args.deeper:
         context = report("hot", args.prefix_tokens, model.count)
@@ -362,7 +358,7 @@ async def lesson(run: Run) -> None:
 
 
 def first_move_and_return(traffic: Traffic, workers: int, block_size: int) -> list[Question]:
-    """Ask about the first request that round robin takes to a worker that is new to its session, and what follows."""
+    """Ask about the first request that round robin takes to a worker new to its session, and about the next return."""
     shared = max(shared_prefixes([turns[0] for turns in traffic.prompts.values()], block_size), key=len, default=[])
     router, visits, questions = RoundRobin(workers), {}, []
     for turn, arrivals in enumerate(traffic.arrivals):
@@ -374,7 +370,7 @@ def first_move_and_return(traffic: Traffic, workers: int, block_size: int) -> li
                 same = f"AFFINITY, the same request, on the worker of turn {turn - 1}"
                 questions.append(Question(new, "bad", turn, shared, ids[turn], session))
                 questions.append(Question(same, "good", turn, ids[turn - 1], ids[turn], session))
-            elif questions and len(questions) < 3 and last_turn is not None:
+            elif len(questions) == 2 and last_turn is not None:
                 back = f"ROUND ROBIN, {session}, turn {turn}, where it was in turn {last_turn}"
                 questions.append(Question(back, "bad", turn, ids[last_turn], ids[turn], session))
             visits[session, worker] = turn
@@ -418,7 +414,8 @@ class BoundedAffinity:
 
     def route(self, session: str, ids: list[int]) -> int:
         most = math.ceil(self.bound * (sum(self.requests) + 1) / len(self.requests))
-        worker = next(w for w in rendezvous(session, list(range(len(self.requests)))) if self.requests[w] < most)
+        workers = rendezvous(session, list(range(len(self.requests))))
+        worker = next(worker for worker in workers if self.requests[worker] < most)
         self.requests[worker] += 1
         return worker
 
@@ -467,12 +464,9 @@ async def hot_session(run: Run, workers: list[Engine], traffic: Traffic, hot: li
         sent = run.measured("hot session", policy)
         rates[policy], busiest[policy] = hit_rate(sent), max(Counter(m.worker for m in sent).values())
         spread = busiest[policy] * count / len(sent)
-        ttft, slow, requests = (
-            milliseconds(median_ms(sent)),
-            milliseconds(p90(sent)),
-            per_worker(sent, count, lambda m: 1),
-        )
-        run.print(f"{policy:<14}{rates[policy]:>9.1%}{ttft:>13}{slow:>10}{requests:>22}{spread:>12.2f}")
+        times = f"{milliseconds(median_ms(sent)):>13}{milliseconds(p90(sent)):>10}"
+        requests = per_worker(sent, count, lambda m: 1)
+        run.print(f"{policy:<14}{rates[policy]:>9.1%}{times}{requests:>22}{spread:>12.2f}")
     evidence = f"{rates['affinity']:.1%} and {rates['round robin']:.1%}"
     run.claim("with a hot session too affinity finds more", rates["affinity"] > rates["round robin"], evidence)
     no_worse = busiest["bounded load"] <= busiest["affinity"]
@@ -522,10 +516,10 @@ async def lost_worker(run: Run, workers: list[Engine], traffic: Traffic) -> None
     evidence = f"{len({m.session for m in moved})} of {len(homes)} sessions moved"
     run.claim("only the sessions of the lost worker move", only_its_own, evidence)
     cold, later = [m for m in moved if m.request == middle], [m for m in moved if m.request > middle]
-    if later:
+    if later:  # the shortest run ends with the cold turn
         best_cold = max(m.cached_tokens / m.prompt_tokens for m in cold)
         least_later = min(m.cached_tokens / m.prompt_tokens for m in later)
-        evidence = f"{hit_rate(cold):.0%} found in turn {middle}, {hit_rate(later):.0%} later"
+        evidence = f"at most {best_cold:.0%} found in turn {middle}, at least {least_later:.0%} later"
         run.claim("they pay one cold turn", best_cold < least_later, evidence)
     run.print(f"{len(sent)} of {sum(map(len, traffic.arrivals))} requests answered")
 

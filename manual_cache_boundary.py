@@ -121,8 +121,8 @@ def differences(text: str, other: str) -> list[tuple[str, str, str]]:
     """Return the kind of each difference between two texts, line by line, and how either has it."""
     lines, others = text.splitlines(), other.splitlines()
     if sorted(lines) == sorted(others):
-        pair = next(((a, b) for a, b in zip(lines, others, strict=True) if a != b), None)
-        return [("order", *pair)] if pair else []
+        moved = [("order", a, b) for a, b in zip(lines, others, strict=True) if a != b]
+        return moved[:1]
     found = []
     for what, a, b, c, d in difflib.SequenceMatcher(None, lines, others, autojunk=False).get_opcodes():
         if what != "equal":
@@ -544,7 +544,7 @@ def explicit_store(run: Run, explicit: ExplicitEngine, prompts: list[list[int]],
         for arm in in_turn(("bad", "good"), n):
             cached, ms, logits[arm] = explicit.ask(ids, [boundary], store if arm == "good" else None)
             predicted = boundary if arm == "good" and n > 0 else 0
-            add_measurement(run, "explicit_store", arm, n, ids, cached, predicted, ms)
+            add_measurement(run, "explicit_store", arm, n, ids, cached, predicted, ttft_ms=ms)
         bad, good = run.measured("explicit_store", "bad"), run.measured("explicit_store", "good")
         run.print_pair(n, bad[-1], good[-1])
         apart_by.append(apart(logits["good"], logits["bad"]))
@@ -597,10 +597,10 @@ def apart(logits: Tensor, others: Tensor) -> float:
 
 
 def add_measurement(
-    run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, ms: float, **more: float
+    run: Run, experiment: str, arm: str, n: int, ids: list[int], cached: int, predicted: int, **times: float
 ) -> None:
     """Put a request to the explicit engine, which is no worker and has no sessions, beside those to vLLM."""
-    run.measurements.append(Measurement(experiment, arm, n, None, None, len(ids), cached, predicted, ms, **more))
+    run.measurements.append(Measurement(experiment, arm, n, None, None, len(ids), cached, predicted, **times))
 
 
 # --- the lesson, --deeper: further experiments ---
@@ -666,7 +666,7 @@ def boundaries_in_store(run: Run, explicit: ExplicitEngine, primed: dict[str, li
             store = PrefixStore(explicit.store_bytes, ttl_s=math.inf, clock=time.monotonic)
             store.put(ids, explicit.prefill(ids)[0])
             cached, ms, _ = explicit.ask(whole, [], store)
-            add_measurement(run, "boundary_store", name, n, whole, cached, exact, ms)
+            add_measurement(run, "boundary_store", name, n, whole, cached, exact, ttft_ms=ms)
         vllm, own = run.measured("boundary", name), run.measured("boundary_store", name)
         on_vllm[name], in_store[name] = vllm[0].cached_tokens, own[0].cached_tokens
         cells = [f"{on_vllm[name]:,}", milliseconds(median_ms(vllm))]
@@ -693,7 +693,8 @@ def kv_cache(run: Run, explicit: ExplicitEngine, ids: list[int]) -> None:
         prompt, texts, computed = ids[: len(ids) // part], {}, {}
         for arm in in_turn(("kept", "not kept"), n):
             texts[arm], times, computed[arm] = explicit.write(prompt, WRITTEN, keep_kv=arm == "kept")
-            add_measurement(run, "kv_cache", arm, n, prompt, 0, 0, times[0], tpot_ms=statistics.median(times[1:]))
+            first, *later = times
+            add_measurement(run, "kv_cache", arm, n, prompt, 0, 0, ttft_ms=first, tpot_ms=statistics.median(later))
         row = f"{len(prompt):>7,}"
         for arm in ("kept", "not kept"):
             m = run.measured("kv_cache", arm)[n]
@@ -1266,9 +1267,9 @@ class Run:
         self.print(f"{'':7}[bold red]{'BAD: ' + bad:<37}[bold green]GOOD: {good}")
         self.print(f"{'':7}{columns}  {columns}")
 
-    def print_pair(self, request: int, *pair: Measurement) -> None:
+    def print_pair(self, request: int, *measured: Measurement) -> None:
         row = f"{request:<3}{'' if request else 'fill':4}"
-        for m in pair:
+        for m in measured:
             counts = f"{m.cached_tokens:>8,} / {m.prompt_tokens:<6,}{m.predicted_cached_tokens:>10,}"
             row += f"{milliseconds(m.ttft_ms):>8}{counts}  "
         self.print(row.rstrip())

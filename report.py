@@ -142,8 +142,8 @@ def draw_ttft(name: str, arms: dict[str, list[Row]], requests: list[int], what: 
             times = [row.ttft_ms for row in rows if row.request == request and row.ttft_ms is not None]
             # Samples of one request stand beside each other, not behind.
             at = [place + SIDES[arm] + 0.3 * (k - (len(times) - 1) / 2) / max(len(times), 1) for k in range(len(times))]
-            fill = "white" if request == 0 else colour
-            axes.plot(at, times, marker, markersize=5, markerfacecolor=fill, markeredgecolor=edge, markeredgewidth=0.9)
+            face = "white" if request == 0 else colour
+            axes.plot(at, times, marker, markersize=5, markerfacecolor=face, markeredgecolor=edge, markeredgewidth=0.9)
         median = statistics.median(row.ttft_ms for row in rows if row.request > 0 and row.ttft_ms is not None)
         axes.axhline(median, color=edge, linestyle=LINES[arm], linewidth=0.9, zorder=1)
         common = dict(marker=marker, color=edge, linestyle=LINES[arm], linewidth=0.9, markersize=5)

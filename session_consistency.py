@@ -1148,9 +1148,9 @@ class Run:
         self.print(f"{'':7}[bold red]{'BAD: ' + bad:<37}[bold green]GOOD: {good}")
         self.print(f"{'':7}{columns}  {columns}")
 
-    def print_pair(self, request: int, *pair: Measurement) -> None:
+    def print_pair(self, request: int, *measured: Measurement) -> None:
         row = f"{request:<3}{'' if request else 'fill':4}"
-        for m in pair:
+        for m in measured:
             counts = f"{m.cached_tokens:>8,} / {m.prompt_tokens:<6,}{m.predicted_cached_tokens:>10,}"
             row += f"{milliseconds(m.ttft_ms):>8}{counts}  "
         self.print(row.rstrip())

@@ -279,8 +279,9 @@ async def user_data(run: Run, engine: Engine, system: str) -> None:
         measured = run.measured("user_data", arm)[1:]
         run.print(row.format(arm, f"{hit_rate(measured):.1%}", milliseconds(median_ms(measured)), ttft_range(measured)))
         found.append(sum(m.cached_tokens for m in measured))
-    evidence = f"{found[1]:,} tokens found, {found[0]:,} with the data inside"
-    run.claim("user data after the system message leaves it cached", found[1] > found[0], evidence)
+    with_inside, with_after = found
+    evidence = f"{with_after:,} tokens found, {with_inside:,} with the data inside"
+    run.claim("user data after the system message leaves it cached", with_after > with_inside, evidence)
 
 
 async def length_sweep(run: Run, engine: Engine, ids: list[int]) -> list[int]:
@@ -904,9 +905,9 @@ class Run:
         self.print(f"{'':7}[bold red]{'BAD: ' + bad:<37}[bold green]GOOD: {good}")
         self.print(f"{'':7}{columns}  {columns}")
 
-    def print_pair(self, request: int, *pair: Measurement) -> None:
+    def print_pair(self, request: int, *measured: Measurement) -> None:
         row = f"{request:<3}{'' if request else 'fill':4}"
-        for m in pair:
+        for m in measured:
             counts = f"{m.cached_tokens:>8,} / {m.prompt_tokens:<6,}{m.predicted_cached_tokens:>10,}"
             row += f"{milliseconds(m.ttft_ms):>8}{counts}  "
         self.print(row.rstrip())

@@ -165,10 +165,10 @@ def template_of(args: argparse.Namespace) -> tuple[str | None, dict | None]:
 
 def below(args: argparse.Namespace, found: Analysis) -> bool:
     """Say whether the hit rate is below --fail-under, and print that."""
-    percent = hit_rate(found.rows) * 100
-    if args.fail_under is None or percent >= args.fail_under:
+    rate = hit_rate(found.rows) * 100
+    if args.fail_under is None or rate >= args.fail_under:
         return False
-    print(f"replay_request_log: hit rate {percent:.1f} %, below {args.fail_under:g} %", file=sys.stderr, flush=True)
+    print(f"replay_request_log: hit rate {rate:.1f} %, below {args.fail_under:g} %", file=sys.stderr, flush=True)
     return True
 
 
@@ -226,9 +226,9 @@ async def with_engine(run: Run) -> None:
     agree = sum(m.cached_tokens == row.predicted_cached_tokens for m, row in zip(measured, rows, strict=True))
     run.claim("the analysis and the engine agree", agree == len(rows), f"{agree} of {len(rows)} requests")
     if args.fail_under is not None:
-        percent = hit_rate(rows) * 100
+        rate = hit_rate(rows) * 100
         claim = f"the hit rate is at least {args.fail_under:g} %"
-        run.claim(claim, percent >= args.fail_under, f"{percent:.1f} %")
+        run.claim(claim, rate >= args.fail_under, f"{rate:.1f} %")
 
 
 def check_memory(run: Run, kv_bytes: int) -> None:

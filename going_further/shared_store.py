@@ -155,11 +155,11 @@ class StoreEngine(Engine):
         self.cache_model = SharedCache(self.block_size, stored)
         self.loaded: list[tuple[Measurement, int]] = []  # and how many of its tokens must come from the store
 
-    async def ask(self, ids, experiment, arm, request, *, salt=None, **more) -> Measurement:
+    async def ask(self, ids, experiment, arm, request, *, salt=None, **options) -> Measurement:
         """As every engine does it. What warms a worker up is its own: else the next one would load, not compute."""
         salt = f"worker {self.worker}" if experiment == "warm_up" else salt
         own = self.cache_model.own_tokens(ids, salt)
-        measurement = await super().ask(ids, experiment, arm, request, salt=salt, **more)
+        measurement = await super().ask(ids, experiment, arm, request, salt=salt, **options)
         self.loaded.append((measurement, measurement.predicted_cached_tokens - own))
         return measurement
 

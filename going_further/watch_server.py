@@ -261,8 +261,8 @@ def timestamp() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
-def time_of_day(timestamp: str) -> str:
-    return timestamp[11:19]
+def time_of_day(taken_at: str) -> str:
+    return taken_at[11:19]
 
 
 class Watched:

@@ -81,6 +81,42 @@ def imported(source: str) -> set[str]:
     return names
 
 
+def shadows(source: str) -> set[str]:
+    """Return the names of a file's own functions, classes and imports that a function in it uses for something else."""
+    tree = ast.parse(source)
+    defined = {
+        node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            defined |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    taken = set()
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            for node in ast.walk(function):
+                if isinstance(node, ast.arg):
+                    taken.add(node.arg)
+                elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    taken.add(node.id)
+    return taken & defined
+
+
+PYTHON = [
+    path
+    for folder in (".", "going_further", "going_further/replay", "exercises")
+    for path in (ROOT / folder).glob("*.py")
+]
+
+
+@pytest.mark.parametrize("script", sorted(PYTHON), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_local_name_hides_a_function_or_a_module(script: Path) -> None:
+    assert shadows(script.read_text(encoding="utf-8")) == set()
+
+
+def test_a_hidden_name_would_be_found() -> None:
+    assert shadows("import time\ndef cells(): pass\ndef f(time):\n    cells = 1\n") == {"time", "cells"}
+
+
 @pytest.mark.parametrize("script", LESSONS, ids=lambda path: path.stem)
 def test_what_a_learner_reads_needs_no_tooling(script: Path) -> None:
     assert not imported(parts(script)[0]) & {"rich", "argparse", "os"}

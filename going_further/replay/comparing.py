@@ -100,14 +100,14 @@ def units(text: str) -> list[str]:
 
 def equal_parts(a: list, b: list) -> list[tuple[int, int, int]]:
     """Return the runs that two lists have in common and in order: start in `a`, start in `b`, length."""
-    ahead = shared(a, b)
-    behind = shared(a[ahead:][::-1], b[ahead:][::-1])
-    inner_a, inner_b = a[ahead : len(a) - behind], b[ahead : len(b) - behind]
-    runs = [(0, 0, ahead)]
+    front = shared(a, b)
+    back = shared(a[front:][::-1], b[front:][::-1])
+    inner_a, inner_b = a[front : len(a) - back], b[front : len(b) - back]
+    runs = [(0, 0, front)]
     if len(inner_a) + len(inner_b) <= UNITS_COMPARED:
         inner = difflib.SequenceMatcher(None, inner_a, inner_b)
-        runs += [(ahead + x, ahead + y, size) for x, y, size in inner.get_matching_blocks() if size]
-    runs.append((len(a) - behind, len(b) - behind, behind))
+        runs += [(front + x, front + y, size) for x, y, size in inner.get_matching_blocks() if size]
+    runs.append((len(a) - back, len(b) - back, back))
     return [run for run in runs if run[2]]
 
 
@@ -129,7 +129,8 @@ def json_around(text: str, at: int) -> tuple[int, object] | None:
 def first_difference(a: object, b: object, path: str = "") -> str:
     """Return the path of the first field in which two JSON values are written differently."""
     if isinstance(a, dict) and isinstance(b, dict):
-        changed = [key for key in [*b, *a] if key not in a or key not in b or written(a[key]) != written(b[key])]
+        names = [*b, *a]
+        changed = [name for name in names if name not in a or name not in b or written(a[name]) != written(b[name])]
         if not changed:
             return f"{path} (order of keys)"
         return first_difference(a.get(changed[0]), b.get(changed[0]), f"{path}.{changed[0]}")

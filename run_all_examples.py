@@ -165,13 +165,13 @@ def summarise(runs: list[LessonRun]) -> list[str]:
     return [*lines, f"TTFT: median; example prices: {prices}"]
 
 
-def print_summary(lines: list[str], title: str = "summary", markup: bool = True) -> None:
+def print_summary(lines: list[str], title: str = "summary", markup: bool = True, soft_wrap: bool = True) -> None:
     from rich.console import Console
 
     console = Console(width=80, highlight=False, emoji=False)
     console.rule(title)
     for line in lines:
-        console.print(line, markup=markup)
+        console.print(line, markup=markup, soft_wrap=soft_wrap)
 
 
 def milliseconds(value: float) -> str:
@@ -296,7 +296,7 @@ def show_both(files: list[str]) -> int:
         except NO_RUN as error:
             return no_run(file, error)
     names = [f"{letter}: {shown(file)}" for letter, file in zip("AB", files, strict=True)]
-    print_summary([*names, "", *compare(*runs)], "comparison", markup=False)
+    print_summary([*names, "", *compare(*runs)], "comparison", markup=False, soft_wrap=False)
     return 0
 
 

@@ -1024,7 +1024,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, terminal) -> None:
         from rich.console import Console
 
-        self.args, self.console = args, Console(file=terminal, width=80, highlight=False)
+        self.args, self.console = args, Console(file=terminal, width=80, highlight=False, soft_wrap=True)
         self.engines: list[Engine] = []
         self.measurements: list[Measurement] = []  # in the order of time
         self.claims: list[dict] = []
@@ -1134,11 +1134,11 @@ class Run:
             "blocks of {block_size} tokens ({prefix_caching_hash_algo}), KV cache of {kv_cache_tokens:,} tokens, "
             "{execution}\nimports {imports:.1f} s, engine start {engine_start:.1f} s, warm-up {warm_up:.1f} s\n"
         ).format_map(self.environment | self.seconds)
-        self.console.print("\n".join(map(shown, banner.split("\n"))), markup=False)  # names may be long: this may wrap
+        self.print("\n".join(map(shown, banner.split("\n"))), markup=False, soft_wrap=False)  # names may be long
 
     def print(self, text: str, **options: object) -> None:
-        """Print a row as one row: where it has more than 80 columns, the tests see it."""
-        self.console.print(text, soft_wrap=True, **options)
+        """Print a row as one row: where it has more than 80 columns, the tests see it, unless it may wrap."""
+        self.console.print(text, **options)
 
     def bar(self, share: float, width: int) -> str:
         return ("\u2588" if self.console.encoding.startswith("utf") else "#") * round(width * share)
@@ -1190,7 +1190,7 @@ class Run:
         self.claim("vLLM's own counters agree with the requests", counted == summed, evidence)
         failed = [claim for claim in self.claims if not claim["holds"]]
         for claim in failed:
-            self.console.print(f"\n[bold red]FAILED[/]: {claim['claim']}\n  {claim['evidence']}")
+            self.print(f"\n[bold red]FAILED[/]: {claim['claim']}\n  {claim['evidence']}", soft_wrap=False)
         held = f"{len(self.claims) - len(failed)} of {len(self.claims)} claims about token counts hold"
         control = "\nthe control, without the cache: claims are meant to fail" if self.args.no_prefix_caching else ""
         self.print(f"\n{held}; measuring took {self.seconds['measuring']:.1f} s{control}")

@@ -307,7 +307,7 @@ def ask_all(prompts: Iterable[Prompt], block_size: int) -> tuple[list[int], list
 def print_answers(console, title: str, tokens: list[int], answers: list[Answers], engine: list[int] | None) -> None:
     """Print what each index found, the engine last; `tokens` are the prompts' lengths."""
     sent = sum(tokens)
-    console.print(f"\n[bold]{shown(title)}[/]: {len(tokens):,} requests, {sent:,} tokens", soft_wrap=True)
+    console.print(f"\n[bold]{shown(title)}[/]: {len(tokens):,} requests, {sent:,} tokens")
     console.print(f"{'':<28}{'tokens found':>16}{'entries':>11}{'look-up':>11}{'insertion':>12}")
     for answer in answers:
         found = sum(answer.found)
@@ -353,7 +353,10 @@ def without_engine(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import_transformers()  # a faulty environment is told of here
-    console, renderer = Console(width=80, highlight=False), Renderer(find_model(args.model or str(BUILT_IN)))
+    console, renderer = (
+        Console(width=80, highlight=False, soft_wrap=True),
+        Renderer(find_model(args.model or str(BUILT_IN))),
+    )
     block_size, results = args.block_size or 16, []
     console.print(f"blocks of {block_size} tokens, nothing was sent")
     for title, prompts in workloads(args, renderer).items():

@@ -128,7 +128,7 @@ def without_engine(args: argparse.Namespace) -> int:
     """Analyse a log with the cache model alone and print the result; return the exit status."""
     from rich.console import Console
 
-    console, path, options = Console(width=80, highlight=False), Path(args.file), options_of(args)
+    console, path, options = Console(width=80, highlight=False, soft_wrap=True), Path(args.file), options_of(args)
     renderer, block_size = None, block_size_of(path, options)
     if block_size is None:
         block_size = args.block_size or 16
@@ -140,7 +140,7 @@ def without_engine(args: argparse.Namespace) -> int:
         raise UsageError(f"this trace has blocks of {block_size} tokens, --block-size asks for {args.block_size}")
     found = analyse(path, renderer, block_size, options, console)
     whose = "" if renderer is None else f"template of {args.model or 'built_in_model/cpu'}, "
-    console.print(shown(f"{whose}blocks of {block_size} tokens; nothing was sent"), markup=False)
+    console.print(shown(f"{whose}blocks of {block_size} tokens; nothing was sent"), markup=False, soft_wrap=False)
     console.print("[bold] line  prompt predicted  best predecessor")
     for row in rows_to_show(found.rows):
         print_row(console, row, None)

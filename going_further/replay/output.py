@@ -35,7 +35,7 @@ def print_row(console, row: Row, measured: tuple[int, float] | None) -> None:
     console.print(shown(row_text(row, measured)), markup=False)
     if row.lost_tokens:
         where = f"{'':7}{row.where}, token {row.token:,}: {row.lost_tokens:,} tokens lost"
-        console.print(shown(where), markup=False)
+        console.print(shown(where), markup=False, soft_wrap=False)  # a log's names may be long
         for name, text in (("was", row.before), ("now", row.after)):
             console.print(cut(f"{'':9}{name} {text[-66:]!r}"), markup=False)
 
@@ -62,7 +62,7 @@ def print_summary(console, rows: list[Row], price_input: float, price_cached: fl
         f"{count(len(rows), 'request')}, {prompt:,} tokens",
         f"{cached:,} cached ({share(cached, prompt):.1%})",
     )
-    console.print(f"\n{sent}, {found}, {prompt - cached:,} computed", soft_wrap=True)
+    console.print(f"\n{sent}, {found}, {prompt - cached:,} computed")
     answers = sum(row.answer_tokens for row in rows)
     if answers:
         more = f"{share(cached + answers, prompt):.1%}"
@@ -79,7 +79,7 @@ def print_summary(console, rows: list[Row], price_input: float, price_cached: fl
         console.print(f"{shown(kind):<32}{number:>10,}{lost[kind]:>14,}{f'${dollars:.4f}':>12}", markup=False)
     console.print("lost: stood behind a break, was the same as before, and was computed again")
     prices = f"${price_input:g} and ${price_cached:g} cached"
-    console.print(f"cost: examples, {prices} a million (--price-input, --price-cached)", soft_wrap=True)
+    console.print(f"cost: examples, {prices} a million (--price-input, --price-cached)")
 
 
 def print_advice(console, advice: list[Advice]) -> None:
@@ -91,19 +91,19 @@ def print_advice(console, advice: list[Advice]) -> None:
     for place in advice:
         whose = f" in {place.families} prompt families" if place.families > 1 else ""
         head = f"{place.where}: {count(place.requests, 'request')}{whose}, {place.lost_tokens:,} tokens lost"
-        console.print(shown(head), markup=False)
+        console.print(shown(head), markup=False, soft_wrap=False)
         texts = [repr(text if len(text) <= 32 else f"{text[:32]}...") for text in place.texts]
         while len(texts) > 1 and cell_len(", ".join(texts)) > 74:
             texts = [*texts[:-2], "..."] if texts[-1] == "..." else [*texts[:-1], "..."]
         if texts:
-            console.print(cut(f"  {', '.join(texts)}"), markup=False, soft_wrap=True)
+            console.print(cut(f"  {', '.join(texts)}"), markup=False)
         if place.moved_hit_rate is not None and place.moved_hit_rate > place.hit_rate:
             rates = f"hit rate {place.hit_rate:.1%}, behind the static part {place.moved_hit_rate:.1%}"
-            console.print(f"  {rates} ({count(place.replayed, 'request')} with such prompts)", soft_wrap=True)
+            console.print(f"  {rates} ({count(place.replayed, 'request')} with such prompts)")
         elif place.texts:
             console.print("  moving it gains nothing" + ("" if place.hint else ": keep what was sent, and append"))
         if place.hint:
-            console.print(f"  {place.hint}", soft_wrap=True)
+            console.print(f"  {place.hint}")
 
 
 def groups_of(rows: list[Row], key) -> list[tuple[str, int, int, float]]:
@@ -139,7 +139,7 @@ def print_sessions(console, groups: list[tuple[str, int, int, float]]) -> None:
     low, high = several[0], several[-1]
     middle = statistics.median(rate for rate, _ in several)
     console.print(f"\n{len(several):,} sessions of two requests or more: hit rate {middle:.1%} in the median, "
-                  f"{low[0]:.1%} to {high[0]:.1%}", soft_wrap=True)  # fmt: skip
+                  f"{low[0]:.1%} to {high[0]:.1%}")  # fmt: skip
     name = f"the session that begins at {low[1]}" if low[1].startswith("line ") else low[1]
     console.print(shown(f"lowest: {name}"[:80]), markup=False)
 
@@ -162,9 +162,7 @@ def print_routing(console, results: list[RoutingResult], replicas: int) -> None:
 def print_logged(console, found: Logged) -> None:
     """Print what the server said, beside the prediction, and why it computed the rest."""
     rate, predicted = (share(n, found.sent_tokens) for n in (found.found_tokens, found.predicted_tokens))
-    console.print(
-        f"\n[bold]Logged against predicted[/]: {count(found.requests, 'request')} with cached tokens", soft_wrap=True
-    )
+    console.print(f"\n[bold]Logged against predicted[/]: {count(found.requests, 'request')} with cached tokens")
     console.print(f"found {rate:.1%} of {found.sent_tokens:,} tokens, predicted {predicted:.1%}; computed, since")
     for reason in reasons.REASONS:
         tokens = found.computed[reason]
@@ -182,4 +180,4 @@ def print_notes(console, notes: list[str]) -> None:
     if notes:
         console.print()
     for note in notes:
-        console.print(shown(note), markup=False)
+        console.print(shown(note), markup=False, soft_wrap=False)

@@ -596,7 +596,7 @@ def check_memory(model: Model, kv_bytes: int, sharing: int) -> None:
         config = AutoConfig.from_pretrained(model.name, trust_remote_code=False)
         with torch.device("meta"):  # shapes without numbers
             shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ImportError, ValueError) as error:
+    except (*BROKEN_FILES, ImportError) as error:
         raise LessonError(f"the size of the model in {model.name} is not to be found: {telling_line(error)}") from error
     weights = sum(parameter.numel() for parameter in shapes.parameters()) * model.dtype.itemsize
     have = model.gpu_memory or psutil.virtual_memory().available
@@ -901,7 +901,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GRAPH_TOKENS = 2048  # the longest step that is captured as a CUDA graph: each size takes memory and time
-BROKEN_FILES = AttributeError, KeyError, OSError, TypeError, ValueError  # raised by libraries that read a model's
+BROKEN_FILES = ArithmeticError, AttributeError, KeyError, OSError, TypeError, ValueError  # by readers of a model's
 NOWHERE_TO_WRITE = errno.EIO, errno.ENOSPC, errno.EPIPE  # a terminal, a disk, or a reader is gone
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 
@@ -924,6 +924,7 @@ class Model:
     """What is known of a model, and of the machine, before an engine is started. Nothing of it changes."""
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoTokenizer
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
@@ -937,9 +938,8 @@ class Model:
         is_folder = args.model is None or Path(args.model).is_dir()
         self.label = f"{folder.parent.name}/{folder.name}" if is_folder else args.model
         self.has_weights = not folder.is_dir() or any(list(folder.glob(kind)) for kind in WEIGHT_FILES)
-        # Blocks of 32 on a GPU: of 16 twice as many are hashed, of 128 a hit computes a hundred tokens more. "uni": the
-        # model runs in the engine's process. The size of the cache is given, so the utilization is but a check at the
-        # start. No hybrid manager: it would drop what sliding windows have left, a cache of other rules.
+        # Blocks of 32 on a GPU: of 16 twice as many are hashed, of 128 a hit computes more. "uni": in the engine's own
+        # process. The cache's size is given, the utilization but a check. A hybrid manager drops what windows left.
         self.engine_args = dict(
             model=self.name, trust_remote_code=False, load_format="auto" if self.has_weights else "dummy",
             block_size=args.block_size or (32 if self.on_gpu else None), distributed_executor_backend="uni",
@@ -949,18 +949,19 @@ class Model:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name, mistral_format=False, trust_remote_code=False)
             config = AsyncEngineArgs(**self.engine_args, enforce_eager=True).create_engine_config()
-        except BROKEN_FILES as error:
-            raise LessonError(f"vLLM cannot use the model in {self.name}: {telling_line(error)}") from error
+        except (*BROKEN_FILES, StrictDataclassError) as error:
+            fault = EngineError if "the logs" in str(error) else LessonError  # the log is shown with an EngineError
+            raise fault(f"vLLM cannot use the model in {self.name}: {telling_line(error)}") from error
         if not self.count("one two three"):
             raise LessonError(f"{self.name} has no tokenizer that makes tokens of a text")
         shape, parallel = config.model_config, config.parallel_config
-        if shape.is_hybrid or shape.is_attention_free:
-            raise LessonError(f"{self.name} is not a full-attention model; its cache hits cannot be predicted here")
+        if shape.is_hybrid or shape.is_attention_free or shape.is_encoder_decoder or shape.runner_type != "generate":
+            raise LessonError(f"{self.name} is not a full-attention model that writes; no hits can be predicted here")
         self.block_size: int = config.cache_config.block_size
         self.hash_algo: str = config.cache_config.prefix_caching_hash_algo
         self.dtype, self.vocabulary, self.max_model_len = shape.dtype, shape.get_vocab_size(), shape.max_model_len
         full = "full_attention" in (shape.hf_text_config.to_dict().get("layer_types") or ())
-        self.window: int | None = None if full else shape.get_sliding_window()
+        self.window: int | None = None if full else shape.get_sliding_window() or shape.attention_chunk_size
         numbers = 2 * shape.get_num_layers(parallel) * shape.get_num_kv_heads(parallel) * shape.get_head_size()
         self.kv_bytes_per_token: int = numbers * shape.dtype.itemsize
 
@@ -975,9 +976,14 @@ class Model:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
-        except (TemplateError, OverflowError, TypeError, ValueError) as error:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+        except (*BROKEN_FILES, RecursionError, TemplateError) as error:
             raise LessonError(f"the model's chat template does not take this prompt: {telling_line(error)}") from error
+        for message in messages:
+            lines = [line.strip() for line in message["content"].splitlines() if line.strip()]
+            if text and lines and not any(line in text for line in lines):
+                raise LessonError(f"the chat template leaves {message['role']} messages out: choose another --model")
+        return text
 
     def encode(self, messages: list[dict], answer: bool = True) -> list[int]:
         """Return the token ids of a chat; the template writes the special tokens itself."""
@@ -1001,13 +1007,11 @@ class Model:
 
     def check_length(self, tokens: int) -> None:
         """Raise UsageError where the model takes no prompt and answer of so many tokens, or looks not back so far."""
-        advice = "choose a shorter prompt (--prefix-tokens)"
-        if tokens > self.max_model_len:
-            needs = f"prompt and answer need {tokens:,} tokens"
-            raise UsageError(f"{needs}, the model takes {self.max_model_len:,}: {advice}")
-        if self.window and tokens > self.window:
-            window = f"every layer of this model has a sliding window, of {self.window:,} tokens"
-            raise UsageError(f"{window}: beyond it nothing is predicted; {advice}")
+        limit = f"prompt and answer need {tokens:,} tokens, the model takes {self.max_model_len:,}"
+        if self.window and self.window < self.max_model_len:
+            limit = f"every layer of this model has a sliding window, of {self.window:,} tokens"
+        if tokens > min(self.window or tokens, self.max_model_len):
+            raise UsageError(f"{limit}: choose a shorter prompt (--prefix-tokens), or another --model")
 
 
 class WorkerExtension:
@@ -1025,6 +1029,7 @@ class Run:
         from rich.console import Console
 
         self.args, self.console = args, Console(file=terminal, width=80, highlight=False, soft_wrap=True)
+        self.print = self.console.print  # a row stays one row, so that tests see it where it has more than 80 columns
         self.engines: list[Engine] = []
         self.measurements: list[Measurement] = []  # in the order of time
         self.claims: list[dict] = []
@@ -1088,10 +1093,9 @@ class Run:
             self.seconds[what] += time.perf_counter() - began
 
     def start_engine(self, graph_tokens: int, worker: int | None = None, **arguments: object) -> Engine:
-        """Start vLLM with these `arguments` of its AsyncEngineArgs beside those of all lessons.
+        """Start vLLM with these of its AsyncEngineArgs beside those of all lessons; UsageError, or EngineError.
 
-        On a GPU a step of up to `graph_tokens` is one replay of a CUDA graph, and nothing is compiled; where vLLM can
-        capture nothing, it runs eagerly. Raises UsageError for a prompt that is too long, or EngineError.
+        On a GPU a step of up to `graph_tokens` is one replay of a CUDA graph where vLLM can capture one, else eager.
         """
         from vllm import AsyncEngineArgs, AsyncLLMEngine
         from vllm.platforms import current_platform
@@ -1136,10 +1140,6 @@ class Run:
         ).format_map(self.environment | self.seconds)
         self.print("\n".join(map(shown, banner.split("\n"))), markup=False, soft_wrap=False)  # names may be long
 
-    def print(self, text: str, **options: object) -> None:
-        """Print a row as one row: where it has more than 80 columns, the tests see it, unless it may wrap."""
-        self.console.print(text, **options)
-
     def bar(self, share: float, width: int) -> str:
         return ("\u2588" if self.console.encoding.startswith("utf") else "#") * round(width * share)
 
@@ -1174,7 +1174,8 @@ class Run:
         texts = [self.model.tokenizer.decode(ids[max(0, at - 24) : at + 6]) for ids in (before, after)]
         self.result["break"] = dict(token=at, of=len(after), blocks_lost=lost, blocks=blocks, texts=texts)
         for text in map(repr, texts):
-            self.print(f"  {text if len(text) <= 78 else f'...{text[-75:]}'}", markup=False)
+            most = 78 if text.isascii() else 39  # others may take two columns each
+            self.print(f"  {text if len(text) <= most else f'...{text[3 - most :]}'}", markup=False)
 
     def finish(self) -> int:
         """Check every prediction, print the failed claims, write the JSON, and return the exit status."""
@@ -1262,15 +1263,16 @@ def shown(text: str) -> str:
 def telling_line(error: BaseException) -> str:
     """Return the line of a message that says what is wrong; in pydantic's it is not the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = next((line for line in lines if line.startswith(("Value error", "Input should", "Assertion"))), lines[0])
+    line = next(filter(re.compile("Value ?[Ee]rror|TypeError: |Input should|Assertion").match, lines), lines[0])
     return line.partition(" [type=")[0][:250]
 
 
 def root_cause(error: EngineError, log: str) -> str:
     """Return the first exception in an engine's log that does not just pass on another one."""
     causes = re.findall(r"^(?:\(.*?\) )?(?:ERROR .*?\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", log, re.MULTILINE)
+    causes += re.findall(r"^.*\] +(assert .+)$", log, re.MULTILINE)  # one that says no more
     causes += [telling_line(error.__cause__ or error), "its process ended without a word, as one that is killed"]
-    return next(cause for cause in causes if "root cause" not in cause)
+    return next(cause for cause in causes if not re.search("root cause|exit status|Error raised in", cause))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1316,7 +1318,11 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
     text = f"requests per arm; 0 fills the cache (default: {requests})"
     add("--requests", type=at_least(2, 1_000), default=requests, help=text)
-    add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, 32 on a GPU)")
+    add(
+        "--block-size",
+        type=at_least(1),
+        help="tokens per block (default: 128 on a CPU, which takes multiples of 32; 32 on a GPU)",
+    )
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--deeper", action="store_true", help="add this lesson's further experiments")
     add("--predict", action="store_true", help="in a lesson: say first how much will be found")
@@ -1353,23 +1359,17 @@ def use_python_with_vllm() -> None:
 
 
 def end_with_parent(parent: int, libc: ctypes.CDLL) -> None:
-    """Let the kernel end this process when the thread that made it ends, however it ends (prctl(2), PR_SET_PDEATHSIG).
-
-    So a thread that starts an engine must live as long as the engine; asyncio keeps those of its executor.
-    """
+    """Let the kernel end this process with the thread that made it (prctl(2)): asyncio's threads live long enough."""
     libc.prctl(1, signal.SIGKILL)
     if os.getppid() != parent:  # it was too late
         os._exit(1)
 
 
 def prepare_process(engines: int) -> Path:
-    """Make this process fit to start `engines` engines; return its folder, which a lock keeps from being removed.
-
-    Folders of runs that were killed are removed. A process of this one's making ends with it.
-    """
+    """Make this process fit to start `engines` engines, which end with it; return its folder, which a lock protects."""
     base = tempfile.gettempdir()
     base = base if len(base) <= 50 else "/tmp"  # a socket's path has 107 bytes at most, and vLLM adds 37
-    for left in Path(base).glob("kv-lesson-*/"):
+    for left in Path(base).glob("kv-lesson-*/"):  # of runs that were killed
         with contextlib.suppress(OSError):  # another user's, in use, or gone by now
             descriptor = os.open(left, os.O_RDONLY)
             try:

@@ -197,7 +197,10 @@ def answer_3(student: Student) -> Answer:
 
 def heads(reader: Reader, messages: list[dict]) -> tuple[str, str]:
     """Return what stands before the first boundary, and before the second one."""
-    first, second, _ = reader.render(messages).split(facts.MARKER)
+    parts = reader.render(messages).split(facts.MARKER)
+    if len(parts) != 3:
+        raise LessonError("the model's chat template does not write the system message once: choose another --model")
+    first, second, _ = parts
     return first, first + second
 
 

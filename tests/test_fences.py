@@ -199,6 +199,16 @@ def test_the_root_cause_is_the_first_exception_that_is_no_wrapper() -> None:
     assert root_cause(EngineError("vLLM did not start"), log) == "ValueError: the KV cache is too small"
 
 
+def test_what_only_says_that_a_subprocess_failed_is_no_root_cause() -> None:
+    log = (
+        "(EngineCore pid=7) ERROR 11-27 18:35:52 [registry.py:1120] subprocess.CalledProcessError: Command '[...]' "
+        "returned non-zero exit status 1.\n"
+        "(EngineCore pid=7) ERROR 11-27 18:35:52 [registry.py:1120] RuntimeError: Error raised in subprocess:\n"
+        "(EngineCore pid=7) ERROR 11-27 18:35:52 [registry.py:1120] ModuleNotFoundError: No module named 'it'\n"
+    )
+    assert root_cause(EngineError("no"), log) == "ModuleNotFoundError: No module named 'it'"
+
+
 def test_where_vllm_points_above_and_nothing_stands_there_the_engine_was_killed() -> None:
     error = EngineError("vLLM did not start")
     error.__cause__ = RuntimeError("Engine core initialization failed. See root cause above.")

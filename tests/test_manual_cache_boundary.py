@@ -97,6 +97,12 @@ def test_a_prompt_file_that_is_no_text_is_wrong_usage(tmp_path: Path) -> None:
         read_prompt(str(path))
 
 
+def test_a_prompt_file_keeps_the_line_ends_that_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"rules\r\nWhy?\n")
+    assert read_prompt(str(path)) == "rules\r\nWhy?\n"
+
+
 def test_a_prompt_file_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="No such file"):
         read_prompt(str(tmp_path / "none.txt"))
@@ -150,6 +156,9 @@ def test_a_boundary_moves_back_to_a_line_a_message_or_a_word() -> None:
     assert find_boundary(["rules[user]at 09:30", "rules[user]at 09:31"], places=[0, 11, 40]) == len("rules[user]")
     assert find_boundary(["be kind at 09:30", "be kind at 09:31"]) == len("be kind at ")
     assert find_boundary(["abc", "xyz"]) == 0
+    assert find_boundary(["请回答。安娜问", "请回答。安德问"]) == len("请回答。安"), (
+        "Chinese has no spaces between words"
+    )
     assert find_boundary(["same", "same"]) == len("same")
 
 

@@ -132,6 +132,8 @@ class Renderer:
         default_chat_template_kwargs: dict | None = None,
     ) -> None:
         """Take a model's folder or name, and what its server was given, in vLLM's own words."""
+        from huggingface_hub.errors import StrictDataclassError
+
         if "vllm" not in sys.modules:  # else an engine's log is kept already
             os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         self.chat_template, self.default_kwargs = chat_template, default_chat_template_kwargs or {}
@@ -147,7 +149,7 @@ class Renderer:
                 )
                 self.config = arguments.create_engine_config()
                 self.vllm_renderer = renderer_from_config(self.config)
-        except (*BROKEN_FILES, ImportError, NotImplementedError, RuntimeError) as error:
+        except (*BROKEN_FILES, ImportError, NotImplementedError, RuntimeError, StrictDataclassError) as error:
             raise LessonError(f"vLLM cannot use the model in {model}: {telling_line(error)}") from error
         self.model, self.model_config, self.tokenizer = model, self.config.model_config, self.vllm_renderer.tokenizer
         self.max_model_len = self.model_config.max_model_len

@@ -135,6 +135,32 @@ def test_an_engine_that_cannot_start_is_one_line_with_the_root_cause_and_the_log
     assert left_behind(temporary) == []
 
 
+def test_an_assertion_that_says_no_more_is_told_as_it_stands(tmp_path: Path, temporary: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    model = write_llama(tmp_path / "other")
+    save_file({"model.embed_tokens.weight": torch.zeros(300, 128)}, model / "model.safetensors")
+    command = [sys.executable, SCRIPT, "--model", model, "--prefix-tokens", "600"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    found = re.search(r"error: vLLM did not start: assert .*shape.* \(the engine's log: (.+\.log)\)", done.stderr)
+    assert found, done.stderr
+    Path(found[1]).unlink()
+    assert left_behind(temporary) == []
+
+
+def test_local_attention_in_every_layer_that_a_prompt_exceeds_is_refused(tmp_path: Path) -> None:
+    experts = dict(num_local_experts=2, num_experts_per_tok=1, interleave_moe_layer_step=1, intermediate_size_mlp=256)
+    kind = dict(architectures=["Llama4ForCausalLM"], model_type="llama4_text", attention_chunk_size=512)
+    layers = dict(no_rope_layers=[1, 1], layer_types=["chunked_attention"] * 2)
+    model = write_llama(tmp_path / "chunked", **kind, **experts, **layers)
+    command = [sys.executable, SCRIPT, "--model", model, "--prefix-tokens", "600"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "of 512 tokens: choose a shorter prompt (--prefix-tokens), or another --model" in done.stderr
+
+
 def test_a_window_in_every_layer_that_a_prompt_exceeds_is_refused_before_an_engine_starts(tmp_path: Path) -> None:
     mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=512)
     model = write_llama(tmp_path / "mistral", **mistral)
@@ -171,6 +197,14 @@ def test_an_engine_that_dies_while_measuring_is_one_line(temporary: Path) -> Non
     assert left_behind(temporary) == []
 
 
+RECURSION = "{% macro again(n) %}{{ again(n + 1) }}{% endmacro %}{{ again(0) }}"
+PARTS_ONLY = (
+    "{% for m in messages %}{{ m.role }}{% for part in m.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    "{% endfor %}"
+)
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+
+
 def change_file(folder: Path, name: str, text: str | None) -> None:
     """Write a file of a model's folder anew, or remove it."""
     (folder / name).unlink() if text is None else (folder / name).write_text(text)
@@ -185,6 +219,13 @@ def change_file(folder: Path, name: str, text: str | None) -> None:
         ({"vocab_size": 300}, None, None, "knows no tokens of this prompt"),
         ({"architectures": ["\x1b[31mNone"]}, None, None, r"\x1b[31mNone"),
         ({"torch_dtype": "float99"}, None, None, "float99"),
+        ({"template": RECURSION}, None, None, "template does not take this prompt: maximum recursion"),
+        ({"template": "{{ 1 // 0 }}"}, None, None, "template does not take this prompt"),
+        ({"template": PARTS_ONLY}, None, None, "the chat template leaves system messages out: choose another --model"),
+        ({"template": NO_SYSTEM}, None, None, "the chat template leaves system messages out: choose another --model"),
+        ({"vocab_size": "704"}, None, None, "Field 'vocab_size' expected int, got str"),
+        ({"num_attention_heads": 0}, None, None, "vLLM cannot use the model in"),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, None, None, "not a full-attention model that writes"),
         ({}, "config.json", "[]", "vLLM cannot use the model in"),
         ({}, "tokenizer.json", "[]", "vLLM cannot use the model in"),
         ({}, "tokenizer.json", None, "vLLM cannot use the model in"),

@@ -759,7 +759,8 @@ class Question(NamedTuple):
             left = common_prefix(before[:at][::-1], now[front:middle][::-1])
             right = common_prefix(before[at:], now[middle:])
             again, new = max((again, new), (left + right, middle - left - front))
-        parts = (front, "the same"), (new, "new"), (again, "the same again"), (len(now) - front - new - again, "new")
+        again_is = "the same again" if new else "the same but moved up"  # nothing is new before it: something is gone
+        parts = (front, "the same"), (new, "new"), (again, again_is), (len(now) - front - new - again, "new")
         return f"{', '.join(f'{tokens:,} {what}' for tokens, what in parts if tokens)}: {len(now):,} tokens"
 
 
@@ -802,8 +803,7 @@ def tell_score(run: Run, questions: list[Question], answers: list[int | None]) -
             off = abs(answer - m.cached_tokens)
             verdict = verdicts[0 if off == 0 else 1 if off <= size else 2]
         why = f"{same:,} are the same: {same // size:,} whole blocks"
-        row = {"question": question.text, "answer": answer, "measured": m.cached_tokens, "verdict": verdict, "why": why}
-        told.append(row)
+        told.append(dict(question=question.text, answer=answer, measured=m.cached_tokens, verdict=verdict, why=why))
         said = "-" if answer is None else f"{answer:,}"
         run.print("" if len(told) > 1 else f"\n[bold]{'you said':>10}{'found':>9}\n", end="")
         run.print(f"{said:>10}{m.cached_tokens:>9,}  {verdict:<18}{why}")
@@ -996,8 +996,8 @@ def time_verdict(bad: list[Measurement], good: list[Measurement], alone: bool = 
     if min(m.ttft_ms for m in bad) <= max(m.ttft_ms for m in good):
         return f"TTFT went from {change}, but the ranges overlap: no speed-up is shown."
     bound = sum(m.computed_tokens for m in bad) / sum(m.computed_tokens for m in good)
-    most = f" of at most {bound:.0f}x (tokens computed)" if alone else ""
-    return f"TTFT fell from {change}: {slow / fast:.1f}x{most}."
+    limit = f"of at most {bound:.0f}x" if slow / fast <= bound else f"with {bound:.0f}x fewer"
+    return f"TTFT fell from {change}: {slow / fast:.1f}x" + (f" {limit} (tokens computed)." if alone else ".")
 
 
 # --- the plumbing: skip this; the same in all four lessons ---

@@ -232,11 +232,13 @@ def compare(first: list[LessonRun], second: list[LessonRun]) -> list[str]:
     ]
     alone, counts, environments, compared = [], [], {}, 0
     for number, a, b in paired(first, second):
+        name = f"{number} {LESSONS[number].name}"
         if a is None or b is None:
-            alone.append(f"{number} {LESSONS[number].name} is only in {'B' if a is None else 'A'}")
+            again = f" with {(a or b)['environment']['prefix_tokens']:,} static tokens" if name in table else ""
+            alone.append(f"{name}{again} is only in {'B' if a is None else 'A'}")
             continue
         compared += 1
-        table.append(f"{number} {LESSONS[number].name}")
+        table.append(name)
         for arm in ("bad", "good"):
             x, y = read_arm(a, arm), read_arm(b, arm)
             rates = f"{x.hit_rate:>7.1%}{y.hit_rate:>7.1%}"
@@ -494,7 +496,7 @@ def main() -> int:
     only_reads = args.show and importlib.util.find_spec("rich")  # that needs no engine
     if not only_reads and not has_usable_vllm():
         end_on_signals()
-        print(f"{sys.executable} has no vLLM that can run here.", flush=True)
+        print(f"{sys.executable} has no vLLM that can run here: going on with .venv beside this file.", flush=True)
         python = prepare()
         if python != Path(sys.executable):
             os.execv(python, [str(python), __file__, *sys.argv[1:]])
@@ -530,7 +532,8 @@ def main() -> int:
         status = max(status, write_or_say(args.json, json.dumps(content, indent=1) + "\n"))
     if args.report and everything:
         status = max(status, write_or_say(args.report, make_report(everything)))
-    return status or int(any(run.status for run in runs))
+    failed = {run.status for run in runs} - {0}
+    return status or (2 if failed == {2} else int(bool(failed)))  # 2: no lesson took what it was told
 
 
 if __name__ == "__main__":

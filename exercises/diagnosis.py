@@ -37,6 +37,8 @@ def verdict(entry: Break, rows: list[Row]) -> str:
         return f"line {line}: nothing is lost there"
     if row.kind != kind:
         return f"line {line}: {row.lost_tokens:,} tokens are lost there, but not by that kind of break"
+    if row.where.startswith(f"{place} "):
+        return f"line {line}: {row.lost_tokens:,} tokens are lost in there: name the place as exactly as the replayer"
     if row.where != place:
         return f"line {line}: {row.lost_tokens:,} tokens are lost there, by that kind of break, in another place"
     return f"line {line}: yes, {row.lost_tokens:,} tokens are lost there"

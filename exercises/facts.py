@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 
 from going_further.common import clock, system_prompt
 
@@ -53,12 +52,18 @@ def text_of(messages: list[dict]) -> str:
 def lost(messages: list[dict], static: dict[str, str], values: dict[str, str]) -> list[str]:
     """Return what messages do not carry: lines of the static texts, once each, and values, word for word."""
     text, missing = text_of(messages), []
-    counts = Counter(lines_of(text))
     for name, content in static.items():
         for line in lines_of(content):
-            if counts[line] != 1:
-                missing.append(f"{name}: the line {line[:30]!r} is there {counts[line]} times")
+            if (times := text.count(line)) != 1:
+                missing.append(f"{name}: the line {line[:30]!r} is there {times} times")
     return missing + [f"the {name} {value!r} is missing" for name, value in values.items() if value not in text]
+
+
+def foreign(messages: list[dict], values: dict[str, str], all_values: list[dict[str, str]]) -> list[str]:
+    """Return which values of other requests the messages of one request show, that of `values`."""
+    text = text_of(messages)
+    others = {(name, value) for other in all_values for name, value in other.items() if value != values[name]}
+    return [f"the {name} {value!r} of another request is there" for name, value in sorted(others) if value in text]
 
 
 # --- exercise 1 ---
@@ -92,7 +97,7 @@ def turns() -> list[dict]:
 
 def read_memory(messages: list[dict]) -> dict[str, str]:
     """Return what the messages say of the keys: the last line "key = value" counts."""
-    found = re.findall(r"^[ \t]*(\w+) = (.*?)[ \t]*$", text_of(messages), re.MULTILINE)
+    found = re.findall(r"^[ \t]*(?:[-*] )?(\w+) = (.*?)[ \t]*$", text_of(messages), re.MULTILINE)
     return {key: value for key, value in found if key in KEYS}
 
 
@@ -103,7 +108,7 @@ def lost_memory(messages: list[dict], instructions: str, so_far: list[dict]) -> 
     missing, read = lost(messages, {"instructions": instructions}, said), read_memory(messages)
     for key, value in known(so_far).items():
         if read.get(key) != value:
-            told = f"reads {read[key]!r}" if key in read else "is missing"
+            told = f"reads {read[key]!r}" if key in read else f"has no line '{key} = ...'"
             missing.append(f"{key} {told}, it is {value!r}")
     return missing
 

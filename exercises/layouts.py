@@ -6,7 +6,6 @@ one block less for each request, since a layout is free in what it writes betwee
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 from collections.abc import Awaitable, Callable
@@ -123,10 +122,11 @@ class Reader:
 def answer_1(student: Student) -> Answer:
     """Each request must find all static text, whatever it is about."""
     texts = dict(zip(("rules", "policies", "tools"), facts.static_texts(STATIC_TOKENS[1]), strict=True))
-    chats, missing = [], []
-    for n, request in enumerate(facts.requests()):
-        chats.append(student.messages(f"request {n}", *texts.values(), dict(request)))
-        missing += [f"request {n}: {fault}" for fault in facts.lost(chats[-1], texts, request)]
+    requests, missing = facts.requests(), []
+    chats = student.all_messages({f"request {n}": (*texts.values(), request) for n, request in enumerate(requests)})
+    for n, (chat, request) in enumerate(zip(chats, requests, strict=True)):
+        faults = facts.lost(chat, texts, request) + facts.foreign(chat, request, requests)
+        missing += [f"request {n}: {fault}" for fault in faults]
 
     def rows(reader: Reader) -> list[Row]:
         return one_after_the_other(reader, chats, lambda before: reader.needed(*texts.values()))
@@ -137,12 +137,12 @@ def answer_1(student: Student) -> Answer:
 def answer_2(student: Student) -> Answer:
     """Each turn must find the whole turn before, but for one turn, at which the student may have compacted."""
     instructions, turns = "\n".join(facts.static_texts(STATIC_TOKENS[2])), facts.turns()
-    chats, missing = [], []
+    calls, missing = {}, []
     for n in range(len(turns)):
-        so_far = copy.deepcopy(turns[: n + 1])
-        so_far[-1]["answer"] = ""
-        chats.append(student.messages(f"turn {n}", instructions, so_far))
-        missing += [f"turn {n}: {fault}" for fault in facts.lost_memory(chats[-1], instructions, turns[: n + 1])]
+        calls[f"turn {n}"] = (instructions, [*turns[:n], {**turns[n], "answer": ""}])
+    chats = student.all_messages(calls)
+    for n, chat in enumerate(chats):
+        missing += [f"turn {n}: {fault}" for fault in facts.lost_memory(chat, instructions, turns[: n + 1])]
 
     def rows(reader: Reader) -> list[Row]:
         return one_after_the_other(reader, chats, lambda before: reader.needed_of(len(before.ids)))
@@ -165,15 +165,17 @@ def answer_3(student: Student) -> Answer:
     shared = "\n".join(facts.static_texts(STATIC_TOKENS[3]))
     tenants = [facts.tenant(name, TENANT_TOKENS) for name in facts.TENANTS]
     visitors, missing = facts.visitors(), []
+    everybody = [*itertools.product(tenants, (facts.NOBODY, *visitors))]
+    all_values = [{"name": owner["name"], **request} for owner, request in everybody]
+    calls = {f"{owner['name']}, {request['user']}": (shared, owner, request) for owner, request in everybody}
     chats: dict[tuple[str, str], list[dict]] = {}  # by tenant and user
-    for owner, request in itertools.product(tenants, (facts.NOBODY, *visitors)):
-        when = f"{owner['name']}, {request['user']}"
-        messages = student.messages(when, shared, dict(owner), dict(request))
+    for when, messages, (owner, request) in zip(calls, student.all_messages(calls), everybody, strict=True):
         if (markers := facts.text_of(messages).count(facts.MARKER)) != 2:
             raise student.fault(student.line, f"messages returns {markers} markers, not two ({when})")
         chats[owner["name"], request["user"]] = messages
         texts, values = {"shared text": shared, "policies": owner["policies"]}, {"name": owner["name"], **request}
-        missing += [f"{when}: {fault}" for fault in facts.lost(facts.without_markers(messages), texts, values)]
+        faults = facts.lost(facts.without_markers(messages), texts, values)
+        missing += [f"{when}: {fault}" for fault in faults + facts.foreign(messages, values, all_values)]
 
     def rows(reader: Reader) -> list[Row]:
         made = []

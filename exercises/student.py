@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import inspect
+import signal
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from going_further.common import LessonError, UsageError, telling_line
 
 ROLES = ("system", "user", "assistant")
 MOST_CHARACTERS = 60_000  # of one prompt: several times what the agents send
+SECONDS = 20  # that one call may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Student:
     def call(self, when: str, *arguments: object) -> object:
         """Return what the function returns; LessonError, which also says `when`, for whatever it raises."""
         try:
-            return self.function(*arguments)
+            with limited_time():
+                return self.function(*arguments)
         except (Exception, SystemExit) as error:  # it is not our code; and exit() must not end the check as if solved
             line = line_of(error, self.path) or self.line
             raise self.fault(line, f"{type(error).__name__}: {telling_line(error)} ({when})") from None
@@ -45,6 +50,31 @@ class Student:
         if wrong := wrong_in_messages(returned):
             raise self.fault(self.line, f"{self.function.__name__} returns {wrong} ({when})")
         return [{"role": message["role"], "content": message["content"]} for message in returned]
+
+    def all_messages(self, calls: dict[str, tuple]) -> list[list[dict]]:
+        """Return the messages for all arguments, by `when`; LessonError where they depend on the calls before."""
+        chats = [self.messages(when, *copy.deepcopy(arguments)) for when, arguments in calls.items()]
+        for chat, (when, arguments) in zip(chats[::-1], [*calls.items()][::-1], strict=True):
+            if self.messages(when, *copy.deepcopy(arguments)) != chat:
+                text = f"asked again, {self.function.__name__} returns something else: it must depend on nothing but"
+                raise self.fault(self.line, f"{text} its arguments ({when})")
+        return chats
+
+
+@contextlib.contextmanager
+def limited_time() -> Iterator[None]:
+    """Raise TimeoutError in what takes longer than SECONDS: a loop without an end is told with its line."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"no end after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def line_of(error: BaseException, path: Path) -> int | None:
@@ -65,15 +95,16 @@ def load(path: Path, name: str) -> Student:
     module.__file__ = str(path)
     sys.modules["exercise"] = module  # dataclasses look their module up
     try:
-        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
+        with limited_time():
+            exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except SyntaxError as error:
         raise LessonError(f"{path.name}, line {error.lineno or 1}: {type(error).__name__}: {error.msg}") from None
     except (Exception, SystemExit) as error:  # as in Student.call
         line = line_of(error, path) or 1
         raise LessonError(f"{path.name}, line {line}: {type(error).__name__}: {telling_line(error)}") from None
     function = module.__dict__.get(name)
-    if not inspect.isfunction(function):
-        raise LessonError(f"{path.name} has no function {name}: keep its name")
+    if not inspect.isfunction(function) or inspect.iscoroutinefunction(function):
+        raise LessonError(f"{path.name} has no function {name}: keep its name, and a plain def")
     return Student(path, function)
 
 

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 from helpers.models import write_llama
-from helpers.wrong_answers import RIGHT_2, WRONG_1, WRONG_2, WRONG_3, WRONG_4, WRONG_5
+from helpers.wrong_answers import (
+    FITS_THE_SAMPLE,
+    REMEMBERS,
+    RIGHT_1,
+    RIGHT_2,
+    RIGHT_3,
+    WRONG_1,
+    WRONG_2,
+    WRONG_3,
+    WRONG_4,
+    WRONG_5,
+)
 from rich.console import Console
 
 from exercises import check, diagnosis, facts, layouts, routing
@@ -79,6 +90,42 @@ def test_a_solution_passes_whatever_the_blocks_and_the_tokens(number: int, block
 @pytest.mark.parametrize("name", RIGHT_2)
 def test_other_right_answers_pass_too(name: str, block_size: int, renderer, tmp_path: Path) -> None:
     assert failed_claims(2, written(tmp_path, RIGHT_2[name]), renderer, block_size) == set()
+
+
+@pytest.mark.parametrize(("number", "name"), [*((1, name) for name in RIGHT_1), *((3, name) for name in RIGHT_3)])
+def test_what_stands_around_a_text_does_not_matter(number: int, name: str, renderer, tmp_path: Path) -> None:
+    source = {1: RIGHT_1, 3: RIGHT_3}[number][name]
+    assert failed_claims(number, written(tmp_path, source), renderer, 64) == set()
+
+
+@pytest.mark.parametrize("name", REMEMBERS)
+def test_an_answer_that_depends_on_more_than_its_arguments_is_told(name: str, tmp_path: Path) -> None:
+    student = load(written(tmp_path, REMEMBERS[name]), "messages")
+    with pytest.raises(LessonError, match=r"line \d: asked again, messages returns something else"):
+        layouts.answer_1(student)
+
+
+@pytest.mark.parametrize("name", FITS_THE_SAMPLE)
+def test_what_belongs_to_another_request_is_told(name: str, tmp_path: Path) -> None:
+    answer = layouts.answer_3(load(written(tmp_path, FITS_THE_SAMPLE[name]), "messages"))
+    assert any("of another request is there" in fault for fault in answer.missing)
+
+
+def test_a_loop_without_an_end_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exercises.student.SECONDS", 1)
+    source = "def messages(rules, policies, tools, request):\n    while True:\n        pass\n"
+    with pytest.raises(LessonError, match=r"answer.py, line [23]: TimeoutError: no end after 1 s \(request 0\)"):
+        layouts.answer_1(load(written(tmp_path, source), "messages"))
+
+
+def test_a_router_may_print(tmp_path: Path) -> None:
+    head, _, rest = solution(4).read_text(encoding="utf-8").partition("    with_room = ")
+    source = f"{head}    print('.', end='')\n    with_room = {rest}"
+    path = written(tmp_path, source)
+    assert "print" in source
+    assert routing.homes_elsewhere(path, 1) == routing.homes(
+        load(path, "route"), routing.SESSIONS[:200], routing.WORKERS
+    )
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)

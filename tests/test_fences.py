@@ -177,6 +177,9 @@ def test_the_verdict_shows_a_speed_up_only_where_the_ranges_lie_apart() -> None:
     slow = [measurement(100.0), measurement(120.0)]
     fast = [measurement(10.0, cached_tokens=90), measurement(12.0, cached_tokens=90)]
     assert "10.0x of at most 10x" in time_verdict(slow, fast)
+    assert time_verdict([measurement(200.0)], [measurement(10.0, cached_tokens=90)]).endswith(
+        "20.0x with 10x fewer (tokens computed)."
+    ), "a time is no proof: it may exceed what fewer tokens explain"
     assert "overlap" in time_verdict(slow, [measurement(20.0), measurement(110.0)])
     assert "did not improve" in time_verdict(fast, slow)
 

@@ -26,6 +26,7 @@ def question(before: list[int], ids: list[int]) -> Question:
         ([], [*STATIC], "400 new: 400 tokens"),
         ([1, *STATIC, 2], [3, *STATIC, 4], "1 new, 400 the same again, 1 new: 402 tokens"),
         (STATIC, STATIC, "400 the same: 400 tokens"),
+        ([1, 2, 3, *STATIC], [1, *STATIC, 4], "1 the same, 400 the same but moved up, 1 new: 402 tokens"),
         (STATIC, [1, 2, 3], "3 new: 3 tokens"),
     ],
 )

@@ -104,6 +104,35 @@ def body(*messages: dict, **fields: object) -> dict:
     return {"messages": list(messages), **fields}
 
 
+def windows(messages: int) -> list[dict]:
+    """Return requests of three conversations at once, under one system prompt: each sends its last messages only."""
+    sent = []
+    for turn in range(4):
+        for about in ("lamps", "chairs", "tables"):
+            chat = []
+            for n in range(turn + 1):
+                chat += [
+                    user(f"Question {n} on {about}: " + "which of them is it? " * 12),
+                    said(f"Answer {n}: " + "all of them. " * 30),
+                ]
+            sent.append(body(SYSTEM, *chat[:-1][-messages:]))
+    return sent
+
+
+def test_a_conversation_of_which_only_the_last_messages_are_sent_is_found_again(renderer: Renderer) -> None:
+    _, rows = add_all(renderer, windows(3))
+    for row in rows[6:]:
+        assert (row.kind, row.predecessor) == ("message removed", row.line - 3)
+        assert row.lost_tokens > 0
+
+
+def test_among_requests_that_share_as_much_one_of_the_same_session_comes_before(renderer: Renderer) -> None:
+    comparer = Comparer(renderer, BLOCK)
+    for line, request in enumerate(windows(1), start=1):
+        row, _ = comparer.add(renderer.prompt(Record(line, "chat", request, {})), f"session {line % 3}")
+        assert line <= 3 or row.predecessor == line - 3
+
+
 def add_all(
     renderer: Renderer, bodies: Sequence[dict], block_size: int = BLOCK, answers: dict[int, dict] | None = None
 ) -> tuple[Comparer, list[Row]]:

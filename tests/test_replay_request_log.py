@@ -269,6 +269,13 @@ def test_fail_under_is_one_line_and_status_1(replay, path: Path) -> None:
 # --- fields ---
 
 
+def test_a_field_of_the_request_in_an_entry_is_found_too(replay, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    pair = {"request": {"messages": [SYSTEM, USER], "metadata": {"tenant": "one"}}, "response": {}}
+    assert replay(log(tmp_path, pair), "--group-by", "metadata.tenant", "--json", out).status == 0
+    assert [row["group"] for row in json.loads(out.read_text())["requests"]] == ["one"]
+
+
 def test_fields_that_no_request_has_are_one_line(replay, path: Path) -> None:
     one_line(replay(path, "--session-field", "metadata.nothing"), "--session-field: no request of this log has")
     one_line(replay(path, "--group-by", "tenant"), "--group-by: no request of this log has a field tenant")

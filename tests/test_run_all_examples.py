@@ -290,6 +290,16 @@ def test_a_lesson_that_only_one_run_holds_is_said(tmp_path: Path) -> None:
     assert done.stdout.count("  good ") == 2
 
 
+def test_a_lesson_that_one_run_holds_twice_is_told_apart_by_its_length(tmp_path: Path) -> None:
+    def twice(lessons: list[dict]) -> None:
+        longer = json.loads(json.dumps(lessons[0]))
+        longer["environment"]["prefix_tokens"] = 30_000
+        lessons.insert(1, longer)
+
+    done = run("--compare", written(tmp_path, "a.json", twice), written(tmp_path, "b.json"))
+    assert "1 stable_prefix_vs_timestamp with 30,000 static tokens is only in A\n" in done.stdout
+
+
 def test_names_of_another_run_reach_the_terminal_as_they_are_but_for_control_characters(tmp_path: Path) -> None:
     def change(lessons: list[dict]) -> None:
         lessons[1]["environment"]["model"] = "[red]m\x1b[31m\u202e:smile:[/]"

@@ -55,8 +55,15 @@ class Analysis:
         return max(row.prompt_tokens for row in self.rows)
 
 
-def field_of(entry: object, path: str) -> str | None:
-    """Return the value at a dotted path of a log's entry as a text; None where it has none."""
+def field_of(record: Record, path: str | None) -> str | None:
+    """Return the value at a dotted path of a log's entry, or of the request in it, as a text; None for none."""
+    if path is None:
+        return None
+    values = (value_at(record.entry, path), value_at(record.body, path))
+    return next((value for value in values if value is not None), None)
+
+
+def value_at(entry: object, path: str) -> str | None:
     for name in path.split("."):
         if isinstance(entry, list) and name.isdecimal() and int(name) < len(entry):
             entry = entry[int(name)]
@@ -77,7 +84,7 @@ def block_size_of(path: Path, options: Options) -> int | None:
 def add(record: Record, found: Analysis, options: Options, bounded: PrefixCache | None) -> None:
     """Add one request to an analysis. CannotRender where vLLM would not take it."""
     comparer, renderer = found.comparer, found.comparer.renderer
-    session = field_of(record.entry, options.session_field) if options.session_field else None
+    session = field_of(record, options.session_field)
     if options.ttl is not None and record.time is None:
         raise CannotRender("no time, which --ttl needs")
     if (record.api == "blocks") != (renderer is None):
@@ -121,7 +128,7 @@ def add(record: Record, found: Analysis, options: Options, bounded: PrefixCache 
     found.arrivals.append(arrival)
     found.rows.append(dataclasses.replace(
         row,
-        group=field_of(record.entry, options.group_by) if options.group_by else None,
+        group=field_of(record, options.group_by),
         logged_prompt_tokens=usage.prompt_tokens if usage else None,
         logged_cached_tokens=usage.cached_tokens if usage else None,
     ))  # fmt: skip

@@ -329,7 +329,7 @@ class Comparer:
         self.sessions: list[str] = []
         self.recent: OrderedDict[int, Prompt] = OrderedDict()
         self.store, self.places = tempfile.TemporaryFile(), []  # noqa: SIM115, all prompts; the file has no name
-        self.openings: dict[int, int] = {}  # first user message, end of the first message -> latest request
+        self.openings: dict[int, int] = {}  # what tells a conversation -> its latest request
         self.moved: dict[tuple[int, str], dict[Moved, None]] = {}  # by family and place; a dict keeps the order
         self.salts: dict[tuple, deque[int]] = {}  # model and cache_salt -> latest requests
 
@@ -358,15 +358,27 @@ class Comparer:
         if len(self.recent) > REQUESTS_KEPT:
             self.recent.popitem(last=False)
 
-    def opening(self, prompt: Prompt) -> list[int]:
-        """Return what tells a conversation of an agent, an agent, and a conversation when the beginning has changed."""
-        users = [key(message) for message in prompt.messages if message["role"] == "user"][:1]
-        agent = plain(prompt.messages[0].get("content"))[-200:] if prompt.messages else ""
-        return [hash((prompt.salt, agent, *users)), hash((prompt.salt, agent)), hash((prompt.salt, None, *users))]
+    def signs(self, prompt: Prompt, session: str | None, said: int) -> list[int]:
+        """Return what tells a conversation when its beginning has changed, the surest first.
 
-    def best_predecessor(self, prompt: Prompt, blocks: list[int], known: int) -> int | None:
+        That is a session's name, an agent's conversation, what the user said (that many messages of the user's from
+        the end), an agent, and a conversation.
+        """
+        users = [key(message) for message in prompt.messages if message["role"] == "user"]
+        agent = plain(prompt.messages[0].get("content"))[-200:] if prompt.messages else ""
+        last = users[-said] if len(users) >= said else (prompt.record.line, said)  # else it is nobody's
+        names = (
+            ("session", session or prompt.record.line),
+            (agent, *users[:1]),
+            ("said", last),
+            (agent,),
+            (None, *users[:1]),
+        )
+        return [hash((prompt.salt, *name)) for name in names]
+
+    def best_predecessor(self, prompt: Prompt, blocks: list[int], known: int, session: str | None) -> int | None:
         """Return the number of the latest request that shares most; among equals one of the same conversation."""
-        openings = [self.openings.get(sign) for sign in self.opening(prompt)]
+        openings = [self.openings.get(sign) for sign in self.signs(prompt, session, said=2)]
         candidates = {self.owners[blocks[known - 1]]} if known else {*self.salts.get(prompt.salt, ())}
         candidates |= {number for number in openings if number is not None}
 
@@ -380,12 +392,12 @@ class Comparer:
         """Return what is to be said of the next request of the log, and its blocks; remember it."""
         blocks = list(self.chain(prompt.ids, prompt.salt))
         known = self.known(blocks, len(prompt.ids))
-        best = self.best_predecessor(prompt, blocks, known)
+        best = self.best_predecessor(prompt, blocks, known, session)
         row = self.compare(prompt, known * self.block_size, best, session)
         if not prompt.is_read:
             row = dataclasses.replace(row, predicted_cached_tokens=0, kind=UNREAD, lost_tokens=0, answer_tokens=0)
         self.salts.setdefault(prompt.salt, deque(maxlen=HEADS_COMPARED)).append(len(self.lines))
-        self.openings.update(dict.fromkeys(self.opening(prompt), len(self.lines)))
+        self.openings.update(dict.fromkeys(self.signs(prompt, session, said=1), len(self.lines)))
         self.keep(prompt)
         self.remember(row, blocks)
         return row, blocks

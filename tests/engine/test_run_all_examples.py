@@ -44,6 +44,13 @@ def test_a_failed_lesson_makes_the_exit_status_1_and_is_summarised() -> None:
     assert "summary" in done.stdout
 
 
+def test_wrong_usage_that_only_a_started_lesson_knows_is_wrong_usage() -> None:
+    command = [sys.executable, ROOT / "run_all_examples.py", "1", "--prefix-tokens", "10"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--prefix-tokens must be at least two blocks" in done.stderr
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_signal_ends_the_lesson_too_and_leaves_nothing(sent: signal.Signals, temporary: Path) -> None:
     command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", "--requests", "500"]

@@ -27,6 +27,41 @@ WRONG_1 = {
     about = f"Current time: {{request['date']}}\\n"
 {TAIL_1}""",
 }
+RIGHT_1 = {
+    "texts in tags": """
+def messages(rules, policies, tools, request):
+    system = f"<rules>{rules}</rules>\\n<policies>{policies}</policies>\\n<tools>{tools}</tools>"
+    about = f"{request['user']} ({request['id']}) at {request['date']}: {request['question']}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": about}]
+""",
+    "another order": """
+def messages(rules, policies, tools, request):
+    about = " | ".join(request.values())
+    return [{"role": "system", "content": tools + "\\n" + policies + "\\n" + rules}, {"role": "user", "content": about}]
+""",
+}
+REMEMBERS = {  # answers that keep something from the calls before
+    "a list of all requests": """
+seen = []
+def messages(rules, policies, tools, request):
+    seen.append("; ".join(request.values()))
+    system = rules + "\\n" + policies + "\\n" + tools
+    return [{"role": "system", "content": system}, {"role": "user", "content": "\\n".join(seen)}]
+""",
+    "a default that is changed": """
+def messages(rules, policies, tools, request, seen={}):
+    seen[len(seen)] = "; ".join(request.values())
+    system = rules + "\\n" + policies + "\\n" + tools
+    return [{"role": "system", "content": system}, {"role": "user", "content": "\\n".join(seen.values())}]
+""",
+    "chance": """
+import random
+def messages(rules, policies, tools, request):
+    system = rules + "\\n" + policies + "\\n" + tools
+    said = "; ".join(request.values()) + str(random.random())
+    return [{"role": "system", "content": system}, {"role": "user", "content": said}]
+""",
+}
 
 HEAD_2 = """
 def written(learned):
@@ -82,6 +117,10 @@ RIGHT_2 = {
     system = instructions + '\\n' + written(memory(turns[:since]))
     return [{{'role': 'system', 'content': system}}, *said(turns[first:], texts)]
 """,
+    "the memory as a list with dashes": f"""{HEAD_2}
+    texts = [''.join(f'- {{key}} = {{value}}\\n' for key, value in turn['learned'].items()) for turn in turns]
+    return [{{'role': 'system', 'content': instructions}}, *said(turns, texts)]
+""",
     "the whole memory is appended at every turn": f"""{HEAD_2}
     texts = [written(memory(turns[: n + 1])) for n in range(len(turns))]
     return [{{'role': 'system', 'content': instructions}}, *said(turns, texts)]
@@ -114,6 +153,26 @@ WRONG_3 = {
     "the first boundary stands behind the tenant's text": f"""{HEAD_3}
     system = f"{{shared}}\\n{{tenant['name']}}\\n{{tenant['policies']}}\\n{{END}}{{END}}"
     question = f"{{request['user']}}: {{request['question']}}"
+{TAIL_3}""",
+}
+
+RIGHT_3 = {
+    "a label": f"""{HEAD_3}
+    system = f"{{shared}}\\n{{END}}Tenant: {{tenant['name']}}. Policies: {{tenant['policies']}}{{END}}"
+    question = f"{{request['user']}}: {{request['question']}}"
+{TAIL_3}"""
+}
+FITS_THE_SAMPLE = {  # answers that tell the model of everybody, so that it cannot know whom it serves
+    "all tenants are named": f"""{HEAD_3}
+    everybody = "Nordlicht Books, Casa Verde Garden or Pico Cycle Works"
+    system = f"{{shared}}\\nFor {{everybody}}.\\n{{END}}\\n{{tenant['policies']}}{{END}}"
+    question = f"{{request['user']}}: {{request['question']}}"
+{TAIL_3}""",
+    "all users are named": f"""{HEAD_3}
+    users = "Ada Brown, customer C-10482; Boris Vidal, customer C-20963; "
+    users += "Chen Liu, customer C-31544; Nobody, customer C-00000"
+    system = f"{{shared}}\\n{{END}}\\n{{tenant['name']}}\\n{{tenant['policies']}}\\n{{users}}\\n{{END}}"
+    question = request['question']
 {TAIL_3}""",
 }
 

@@ -239,9 +239,12 @@ def mark_boundary(run: Run, texts: list[str]) -> str:
     lines = len(static.splitlines())
     run.print(f"Found in {len(texts)} prompts: they agree up to character {at:,} (token {tokens:,}), line {lines}.")
     for kind, one, another in found[:5]:
-        at = max(0, common_prefix(one, another) - 12)
-        row = f"  {kind:<6}{shown(one[at : at + 33].strip())!r:<37}{shown(another[at : at + 33].strip())!r}"
-        run.print(row, **ONE_ROW)
+        same, most = common_prefix(one, another), 33 if (one + another).isascii() else 16
+        start = 0 if same < 20 else same - 10
+        texts = [shown(line[start : start + most].strip()) for line in (one, another)]
+        run.print(f"  {kind:<6}{texts[0]!r:<37}{texts[1]!r}", **ONE_ROW)
+    if ("\r\n" in first) != ("\r\n" in other):
+        run.print("One has the line ends of Windows (CRLF), the other has not: to the cache they differ.")
     others = [text[at:].splitlines() for text in texts[1:]]
     shared = model.count("\n".join(line for line in rest.splitlines() if all(line in lines for lines in others)))
     if shared >= model.block_size:

@@ -1075,11 +1075,7 @@ def lesson_parser(doc: str, requests: int) -> argparse.ArgumentParser:
     add("--prefix-tokens", type=at_least(1), help="length of the static prompt (default: 4000, on a GPU 8000)")
     text = f"requests per arm; 0 fills the cache (default: {requests})"
     add("--requests", type=at_least(2, 1_000), default=requests, help=text)
-    add(
-        "--block-size",
-        type=at_least(1),
-        help="tokens per block (default: 128 on a CPU, which takes multiples of 32; 32 on a GPU)",
-    )
+    add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, in steps of 32; 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--deeper", action="store_true", help="add this lesson's further experiments")
     add("--predict", action="store_true", help="in a lesson: say first how much will be found")

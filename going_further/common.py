@@ -170,11 +170,7 @@ def engine_parser(doc: str) -> Parser:
     parser.set_defaults(workers=1, fleets=1, prefix_tokens=0, requests=None, deeper=False, check_options=False)
     add = parser.add_argument
     add("--model", help="a folder or a hub name (default: built_in_model, random weights, no download)")
-    add(
-        "--block-size",
-        type=at_least(1),
-        help="tokens per block (default: 128 on a CPU, which takes multiples of 32; 32 on a GPU)",
-    )
+    add("--block-size", type=at_least(1), help="tokens per block (default: 128 on a CPU, in steps of 32; 32 on a GPU)")
     add("--no-prefix-caching", action="store_true", help="the control: without the cache, claims must fail")
     add("--json", type=json_path, metavar="PATH", help="write every measurement to this file")
     add("--verbose", action="store_true", help="show the engine's own log")

@@ -353,10 +353,8 @@ def without_engine(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     import_transformers()  # a faulty environment is told of here
-    console, renderer = (
-        Console(width=80, highlight=False, soft_wrap=True),
-        Renderer(find_model(args.model or str(BUILT_IN))),
-    )
+    console = Console(width=80, highlight=False, soft_wrap=True)
+    renderer = Renderer(find_model(args.model or str(BUILT_IN)))
     block_size, results = args.block_size or 16, []
     console.print(f"blocks of {block_size} tokens, nothing was sent")
     for title, prompts in workloads(args, renderer).items():

@@ -108,7 +108,7 @@ def lost_memory(messages: list[dict], instructions: str, so_far: list[dict]) -> 
     missing, read = lost(messages, {"instructions": instructions}, said), read_memory(messages)
     for key, value in known(so_far).items():
         if read.get(key) != value:
-            told = f"reads {read[key]!r}" if key in read else f"has no line '{key} = ...'"
+            told = f"reads {read[key]!r}" if key in read else f"is missing: there is no line '{key} = ...'"
             missing.append(f"{key} {told}, it is {value!r}")
     return missing
 

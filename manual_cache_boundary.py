@@ -241,8 +241,8 @@ def mark_boundary(run: Run, texts: list[str]) -> str:
     for kind, one, another in found[:5]:
         same, most = common_prefix(one, another), 33 if (one + another).isascii() else 16
         start = 0 if same < 20 else same - 10
-        texts = [shown(line[start : start + most].strip()) for line in (one, another)]
-        run.print(f"  {kind:<6}{texts[0]!r:<{most + 4}}{texts[1]!r}", **ONE_ROW)
+        left, right = (shown(line[start : start + most].strip()) for line in (one, another))
+        run.print(f"  {kind:<6}{left!r:<{most + 4}}{right!r}", **ONE_ROW)
     if ("\r\n" in first) != ("\r\n" in other):
         run.print("One has the line ends of Windows (CRLF), the other has not: to the cache they differ.")
     others = [text[at:].splitlines() for text in texts[1:]]

@@ -245,7 +245,7 @@ def mark_boundary(run: Run, texts: list[str]) -> str:
         run.print(f"  {kind:<6}{left!r:<{most + 4}}{right!r}", **ONE_ROW)
     if ("\r\n" in first) != ("\r\n" in other):
         run.print("One has the line ends of Windows (CRLF), the other has not: to the cache they differ.")
-    others = [text[at:].splitlines() for text in texts[1:]]
+    others = [{*text[at:].splitlines()} for text in texts[1:]]
     shared = model.count("\n".join(line for line in rest.splitlines() if all(line in lines for lines in others)))
     if shared >= model.block_size:
         run.print(f"Behind it all share {shared:,} tokens more: move the lines above to the end.")

@@ -191,7 +191,9 @@ def claim_counts(
     run: Run, prompts: dict[str, list[list[int]]], bad: list[Measurement], good: list[Measurement]
 ) -> None:
     """Claim what the prompts themselves allow: whole blocks of what a turn has in common with earlier ones."""
-    model, before_edit, no_more, all_found = run.model, 0, True, True
+    model = run.model
+    no_more = all_found = True
+    before_edit = 0
     for n in range(1, len(bad)):
         turn = prompts["bad"][n]
         left = model.whole_blocks(max(common_prefix(earlier, turn) for earlier in prompts["bad"][:n]))
@@ -1081,8 +1083,8 @@ def find_model(name: str) -> str:
     except errors.HFValidationError as error:
         raise LessonError(f"{name} is no name that the hub takes: {telling_line(error)}") from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error, errors.HfHubHTTPError) and (status := error.response.status_code) < 500:
-            raise LessonError(f"the hub answers {status} for {name}: check the name, or `hf auth login`") from error
+        if isinstance(error, errors.HfHubHTTPError) and (code := error.response.status_code) < 500:
+            raise LessonError(f"the hub answers {code} for {name}: check the name, or run `hf auth login`") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:

@@ -1373,8 +1373,8 @@ def find_model(name: str) -> str:
     except errors.HFValidationError as error:
         raise LessonError(f"{name} is no name that the hub takes: {telling_line(error)}") from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error, errors.HfHubHTTPError) and (status := error.response.status_code) < 500:
-            raise LessonError(f"the hub answers {status} for {name}: check the name, or `hf auth login`") from error
+        if isinstance(error, errors.HfHubHTTPError) and (code := error.response.status_code) < 500:
+            raise LessonError(f"the hub answers {code} for {name}: check the name, or run `hf auth login`") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:

@@ -265,7 +265,7 @@ async def user_data(run: Run, engine: Engine, system: str) -> None:
         question = QUESTIONS[n % len(QUESTIONS)]
         inside = (system.replace(INSTRUCTIONS, INSTRUCTIONS + profile, 1), question)
         after = (system, profile + question)
-        contents = dict(zip(arms, (inside, after), strict=True))
+        contents = {arms[0]: inside, arms[1]: after}
         for arm in in_turn(arms, n):
             first, second = contents[arm]
             ids = run.model.encode([{"role": "system", "content": first}, {"role": "user", "content": second}])
@@ -1002,8 +1002,8 @@ def find_model(name: str) -> str:
     except errors.HFValidationError as error:
         raise LessonError(f"{name} is no name that the hub takes: {telling_line(error)}") from error
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        if isinstance(error, errors.HfHubHTTPError) and (status := error.response.status_code) < 500:
-            raise LessonError(f"the hub answers {status} for {name}: check the name, or `hf auth login`") from error
+        if isinstance(error, errors.HfHubHTTPError) and (code := error.response.status_code) < 500:
+            raise LessonError(f"the hub answers {code} for {name}: check the name, or run `hf auth login`") from error
         try:
             return snapshot_download(name, local_files_only=True)
         except OSError:

@@ -218,12 +218,12 @@ def same_heads(reader: Reader, chats: dict[tuple[str, str], list[dict]]) -> list
 
     vLLM would find the common part of unequal ones; an engine that is told its boundaries would find nothing.
     """
-    claims = []
+    claims, heads_of = [], {who: heads(reader, messages) for who, messages in chats.items()}
     for at, claim in enumerate(("all prompts agree up to boundary 1", "those of a tenant agree up to boundary 2")):
         told = ""
-        for (name, user), messages in chats.items():
-            for (other_name, other_user), other in chats.items():
-                one, another = heads(reader, messages)[at], heads(reader, other)[at]
+        for (name, user), these in heads_of.items():
+            for (other_name, other_user), those in heads_of.items():
+                one, another = these[at], those[at]
                 if one != another and (at == 0 or name == other_name) and not told:
                     place = common_prefix(one, another)
                     text = one[max(0, place - 20) : place + 20]

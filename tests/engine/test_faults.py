@@ -23,10 +23,11 @@ from run_all_examples import LESSONS, Lesson
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "stable_prefix_vs_timestamp.py"
+LONG = ["--prefix-tokens", "300", "--requests", "200"]  # half a minute of requests, and the first ones come soon
 
 
-def start(*options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), "--requests", "500", *options]
+def start() -> subprocess.Popen[str]:
+    command = [sys.executable, str(SCRIPT), *LONG]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -60,7 +61,7 @@ def test_a_signal_ends_everything_within_ten_seconds(sent: signal.Signals, wait,
 
 
 def test_a_hangup_that_nohup_ignores_is_ignored_and_an_interrupt_sent_twice_counts_once(temporary: Path) -> None:
-    command = ["nohup", sys.executable, str(SCRIPT), "--requests", "500"]
+    command = ["nohup", sys.executable, str(SCRIPT), *LONG]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until_measuring(process, temporary)
     process.send_signal(signal.SIGHUP)

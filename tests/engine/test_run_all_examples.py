@@ -14,6 +14,7 @@ from helpers.processes import left_behind, lesson_processes
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--prefix-tokens", "600", "--requests", "3"]
+LONG = ["--prefix-tokens", "300", "--requests", "200"]  # half a minute of requests, and the first ones come soon
 
 
 def test_numbers_run_in_their_order_once_and_the_json_holds_every_lesson(tmp_path: Path, check_result) -> None:
@@ -53,7 +54,7 @@ def test_wrong_usage_that_only_a_started_lesson_knows_is_wrong_usage() -> None:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_a_signal_ends_the_lesson_too_and_leaves_nothing(sent: signal.Signals, temporary: Path) -> None:
-    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", "--requests", "500"]
+    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", *LONG]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("2 "):  # the lesson is measuring
@@ -68,7 +69,7 @@ def test_a_signal_ends_the_lesson_too_and_leaves_nothing(sent: signal.Signals, t
 
 @pytest.mark.parametrize("wait", [0.0, 0.05, 0.5])
 def test_a_second_interrupt_changes_nothing(wait: float, temporary: Path) -> None:
-    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", "--requests", "500"]
+    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", *LONG]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("2 "):
@@ -83,7 +84,7 @@ def test_a_second_interrupt_changes_nothing(wait: float, temporary: Path) -> Non
 
 
 def test_a_lesson_ends_with_a_runner_that_is_killed(temporary: Path) -> None:
-    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", "--requests", "500"]
+    command = [sys.executable, str(ROOT / "run_all_examples.py"), "1", *LONG]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         while len(lesson_processes(temporary)) < 3:  # runner, lesson, engine
             assert process.poll() is None

@@ -45,7 +45,9 @@ CUDA_DRIVER = 580  # the first NVIDIA driver for CUDA 13, for which vLLM is buil
 SIZES = {"requirements-cpu.txt": (0.9, 5), "requirements.txt": (6, 20)}  # GB to download; GB free before that
 STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 TEST_FILES = "requirements-test.txt"
-QUICK_TESTS = ["-m", "not engine or quick"]
+QUICK_TESTS = "(not engine or quick)"
+NO_TESTS = 5  # pytest's exit status where none is chosen
+TEST_MEMORY = 8 * 2**30  # bytes: two engines, and what tests them
 ERASE = "\r\x1b[K"  # to the start of the line, and nothing in it
 FIRST_LINE = 20  # seconds until a pipe gets a first line on what pip is at
 PIP_TAKES_IT_FOR_A_TERMINAL = "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"  # variables, where they are set
@@ -437,6 +439,17 @@ def report() -> bool:
     return proof() and good
 
 
+def run_tests(chosen: str) -> int:
+    """Run the chosen tests, as many at a time as the machine has room for, but for those that must be `alone`."""
+    # The engines of several tests would not fit on one GPU.
+    at_a_time = 1 if nvidia_driver() else max(1, min(os.cpu_count(), free_memory() // TEST_MEMORY))
+    statuses = []
+    for tests, options in (("not alone", ["-n", str(at_a_time), "--dist", "loadfile"]), ("alone", [])):
+        command = [sys.executable, "-m", "pytest", *options, "-m", f"{chosen} and {tests}" if chosen else tests]
+        statuses.append(run(command, cwd=HERE).returncode)
+    return next((status for status in statuses if status not in (0, NO_TESTS)), 0)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
@@ -463,7 +476,7 @@ def main() -> int:
         with pip_log(Path(sys.executable)) as log:
             pip(log, Path(sys.executable), "install", "-r", HERE / TEST_FILES)
     print("\nTests", flush=True)
-    return run([sys.executable, "-m", "pytest", *([] if args.full else QUICK_TESTS)], cwd=HERE).returncode
+    return run_tests("" if args.full else QUICK_TESTS)
 
 
 if __name__ == "__main__":

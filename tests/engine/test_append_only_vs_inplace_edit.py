@@ -88,6 +88,7 @@ def test_another_architecture_tokenizer_template_and_block_size(
     assert done.rows("course", "cache")[1]["cached_tokens"] == 169 // block_size * block_size
 
 
+@pytest.mark.alone
 def test_a_template_that_is_not_prefix_stable_is_refused_before_the_engine_starts(tmp_path: Path) -> None:
     model = write_llama(tmp_path / "moving", template=MOVING_TEMPLATE)
     begin = time.monotonic()

@@ -44,6 +44,7 @@ def wait_until_measuring(process: subprocess.Popen[str], temporary: Path) -> Non
     pytest.fail(f"the lesson ended early: {process.communicate()}")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("wait", [wait_until_starting, wait_until_measuring])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_signal_ends_everything_within_ten_seconds(sent: signal.Signals, wait, temporary: Path) -> None:
@@ -60,6 +61,7 @@ def test_a_signal_ends_everything_within_ten_seconds(sent: signal.Signals, wait,
     assert shared_memory() <= before
 
 
+@pytest.mark.alone
 def test_a_hangup_that_nohup_ignores_is_ignored_and_an_interrupt_sent_twice_counts_once(temporary: Path) -> None:
     command = ["nohup", sys.executable, str(SCRIPT), *LONG]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -74,6 +76,7 @@ def test_a_hangup_that_nohup_ignores_is_ignored_and_an_interrupt_sent_twice_coun
     assert left_behind(temporary) == []
 
 
+@pytest.mark.alone
 def test_a_run_leaves_no_file_no_socket_and_no_shared_memory(temporary: Path) -> None:
     def written_elsewhere() -> set[str]:
         return {path.name for pattern in ("*kv-*", "*vllm*", "torch*") for path in Path("/tmp").glob(pattern)}
@@ -105,6 +108,7 @@ def test_on_a_terminal_too_the_engines_log_stays_in_its_file(temporary: Path) ->
     assert left_behind(temporary) == []
 
 
+@pytest.mark.alone
 def test_the_end_takes_no_time_beside_the_imports() -> None:
     command = [sys.executable, SCRIPT, "--prefix-tokens", "300", "--requests", "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -172,6 +176,7 @@ def test_a_window_in_every_layer_that_a_prompt_exceeds_is_refused_before_an_engi
     assert "every layer of this model has a sliding window, of 512 tokens" in done.stderr
 
 
+@pytest.mark.alone
 def test_a_kv_cache_larger_than_the_memory_is_one_line(tmp_path: Path, temporary: Path) -> None:
     huge = {"num_hidden_layers": 20, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 256}
     model = write_llama(tmp_path / "huge", max_position_embeddings=40000, **huge)
@@ -185,6 +190,7 @@ def test_a_kv_cache_larger_than_the_memory_is_one_line(tmp_path: Path, temporary
     assert left_behind(temporary) == []
 
 
+@pytest.mark.alone
 def test_an_engine_that_dies_while_measuring_is_one_line(temporary: Path) -> None:
     process = start()
     wait_until_measuring(process, temporary)
@@ -326,6 +332,7 @@ def test_only_loopback_listens_where_the_hosts_name_is_another_address(tmp_path:
     assert found == {"0100007F"}, "127.0.0.1"
 
 
+@pytest.mark.alone
 def test_an_engine_that_is_killed_while_it_starts_is_one_line(temporary: Path) -> None:
     process = start()
     wait_until_starting(process, temporary)
@@ -351,6 +358,7 @@ def test_a_lesson_copied_alone_asks_for_a_model_and_runs_with_one(lesson: Lesson
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("options", "status", "says"),
     [
@@ -456,6 +464,7 @@ def test_code_in_a_models_folder_is_never_run_and_nobody_is_asked(script: str, t
     assert list(tmp_path.rglob("it_ran")) == []
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs an NVIDIA GPU")]
+HAS_GPU = shutil.which("nvidia-smi") is not None
+pytestmark = [pytest.mark.gpu, pytest.mark.alone, pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU")]
 ROOT = Path(__file__).parent.parent.parent
 LESSONS = (
     "stable_prefix_vs_timestamp", "append_only_vs_inplace_edit", "manual_cache_boundary", "session_consistency",

@@ -15,6 +15,7 @@ from going_further.vllm_router_sessions import ending, free_ports, start_child, 
 
 pytest.importorskip("vllm_router", reason="vllm-router is not installed: pip install -r requirements-router.txt")
 
+pytestmark = pytest.mark.alone  # it looks at times
 ROOT = Path(__file__).parent.parent.parent
 TOOL = [sys.executable, "-m", "going_further.is_it_sticky"]
 KEY = "sk-4f9a1c77e2d85b30aa61"

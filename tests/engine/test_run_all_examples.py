@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.processes import left_behind, lesson_processes
 
+pytestmark = pytest.mark.alone  # signals have ten seconds
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--prefix-tokens", "600", "--requests", "3"]
 LONG = ["--prefix-tokens", "300", "--requests", "200"]  # half a minute of requests, and the first ones come soon

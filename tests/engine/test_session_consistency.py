@@ -98,6 +98,7 @@ def test_a_number_of_workers_that_cannot_be_is_wrong_usage(workers: str) -> None
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.alone
 def test_sessions_that_exceed_the_memory_are_refused_with_the_numbers_before_an_engine_starts(tmp_path: Path) -> None:
     huge = {"num_hidden_layers": 40, "num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": 256}
     model = write_llama(tmp_path / "huge", **huge)
@@ -108,6 +109,7 @@ def test_sessions_that_exceed_the_memory_are_refused_with_the_numbers_before_an_
     assert "GiB are free: take fewer --workers or --sessions" in done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_a_signal_while_both_workers_start_leaves_nothing(sent: signal.Signals, temporary: Path) -> None:
     process = subprocess.Popen(

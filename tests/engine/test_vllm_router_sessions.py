@@ -21,6 +21,7 @@ from helpers.processes import left_behind, lesson_processes
 
 pytest.importorskip("vllm_router", reason="vllm-router is not installed: pip install -r requirements-router.txt")
 
+pytestmark = pytest.mark.alone  # servers at once, and signals have ten seconds
 ROOT = Path(__file__).parent.parent.parent
 TOOL = [sys.executable, "-m", "going_further.vllm_router_sessions"]
 

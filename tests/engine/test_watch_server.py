@@ -31,6 +31,7 @@ from stable_prefix_vs_timestamp import bad_messages
 
 openai = pytest.importorskip("openai", reason="the client: pip install -r requirements-router.txt")
 
+pytestmark = pytest.mark.alone  # it looks at times
 ROOT = Path(__file__).parent.parent.parent
 LAYOUTS = {"bad": bad_messages, "good": good_messages}
 REQUESTS = 4

@@ -32,7 +32,7 @@ def test_a_tool_imports_no_lesson_but_through_common(name: str) -> None:
     assert not imported & LESSONS
 
 
-@pytest.mark.parametrize("name", IN_VLLM)
+@pytest.mark.parametrize("name", sorted(IN_VLLM))
 def test_what_vllm_imports_stands_alone(name: str) -> None:
     source = (ROOT / "going_further" / f"{name}.py").read_text(encoding="utf-8")
     modules = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]

@@ -106,6 +106,7 @@ def test_what_was_not_used_for_longest_is_forgotten_first() -> None:
     assert chain.find(ids([3, 3, 4, 4])) == 2, "of one prompt the last block goes first"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("make", [RadixTree, lambda: BlockHashes(16)], ids=["tree", "chain"])
 def test_time_is_linear_in_tokens(make) -> None:
     dice = random.Random(0)

@@ -240,6 +240,7 @@ def test_a_cache_of_no_more_blocks_than_its_age_has_lost_a_block(prompts: list[l
             assert bounded.age(block) is None
 
 
+@pytest.mark.alone
 def test_blocks_cost_little_more_than_those_of_a_set(capsys: pytest.CaptureFixture[str]) -> None:
     dice = random.Random(0)
     chains = [array("q", [dice.getrandbits(63) for _ in range(1000)]) for _ in range(300)]

@@ -403,6 +403,7 @@ def trace(*requests: tuple[int, list[int]]) -> list[dict]:
             for n, (tokens, ids) in enumerate(requests)]  # fmt: skip
 
 
+@pytest.mark.alone
 def test_a_trace_of_hashes_is_replayed_at_once_and_without_vllm(tmp_path: Path) -> None:
     path = log(tmp_path, *trace((1500, [1, 2, 3]), (2500, [1, 2, 3, 4, 5]), (1100, [1, 2, 9])), *[IMAGE] * 2)
     out = tmp_path / "out.json"

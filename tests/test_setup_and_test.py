@@ -454,3 +454,29 @@ def test_a_reader_that_is_gone_ends_pip_too(house: Path) -> None:
     _, err = process.communicate(timeout=15)
     assert b"BrokenPipeError" in err
     assert not Path(f"/proc/{(house / 'pid').read_text()}").exists()
+
+
+TWO_TESTS = """
+import os
+import pytest
+def test_that_may_have_others_beside_it():
+    assert "PYTEST_XDIST_WORKER" in os.environ and "side by side" not in {fail!r}
+@pytest.mark.alone
+def test_that_looks_at_times():
+    assert "PYTEST_XDIST_WORKER" not in os.environ and "alone" not in {fail!r}
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "fail", "passed", "status"),
+    [("", "", 2, 0), ("", "side by side", 1, 1), ("", "alone", 1, 1), ("nobody", "", 0, 0)],
+)
+def test_tests_run_side_by_side_but_for_those_that_must_be_alone(
+    chosen: str, fail: str, passed: int, status: int, house: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    (house / "pytest.ini").write_text("[pytest]\nmarkers = alone\n")
+    (house / "test_two.py").write_text(TWO_TESTS.format(fail=fail))
+    done = run_in(house, f"import sys; sys.exit(s.run_tests({chosen!r}))")
+    assert done.returncode == status, done.stdout + done.stderr
+    assert len(re.findall(r"1 passed", done.stdout)) == passed

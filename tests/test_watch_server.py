@@ -25,6 +25,7 @@ pytest.importorskip("prometheus_client", reason="it comes with vLLM")
 
 from going_further import watch_server as tool
 
+pytestmark = pytest.mark.alone  # it looks at times
 ROOT = Path(__file__).parent.parent
 TOOL = [sys.executable, "-m", "going_further.watch_server"]
 BOUNDS = (0.1, 0.5, 2.5, math.inf)  # of the buckets of all texts here, in s

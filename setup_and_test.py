@@ -470,9 +470,9 @@ def main() -> int:
     good = report()
     if args.check or args.no_tests or not good:
         return 0 if good else 1
-    if importlib.util.find_spec("pytest") is None:
+    if importlib.util.find_spec("xdist") is None:  # pytest-xdist, which needs pytest
         if sys.prefix == sys.base_prefix:
-            fail(f"pytest is missing in {sys.executable}: pip install -r {TEST_FILES}")
+            fail(f"pytest-xdist is missing in {sys.executable}: pip install -r {TEST_FILES}")
         with pip_log(Path(sys.executable)) as log:
             pip(log, Path(sys.executable), "install", "-r", HERE / TEST_FILES)
     print("\nTests", flush=True)

@@ -442,7 +442,8 @@ def report() -> bool:
 def run_tests(chosen: str) -> int:
     """Run the chosen tests, as many at a time as the machine has room for, but for those that must be `alone`."""
     # The engines of several tests would not fit on one GPU.
-    at_a_time = 1 if nvidia_driver() else max(1, min(os.cpu_count(), free_memory() // TEST_MEMORY))
+    room = min(len(os.sched_getaffinity(0)), free_memory() // TEST_MEMORY)
+    at_a_time = 1 if nvidia_driver() else max(1, room)
     statuses = []
     for tests, options in (("not alone", ["-n", str(at_a_time), "--dist", "loadfile"]), ("alone", [])):
         command = [sys.executable, "-m", "pytest", *options, "-m", f"{chosen} and {tests}" if chosen else tests]

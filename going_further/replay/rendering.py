@@ -134,8 +134,7 @@ class Renderer:
         """Take a model's folder or name, and what its server was given, in vLLM's own words."""
         from huggingface_hub.errors import StrictDataclassError
 
-        if "vllm" not in sys.modules:  # else an engine's log is kept already
-            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+        is_first = "vllm" not in sys.modules  # else an engine's log is kept already
         self.chat_template, self.default_kwargs = chat_template, default_chat_template_kwargs or {}
         try:
             with quiet():
@@ -144,6 +143,8 @@ class Renderer:
                 from vllm.renderers import renderer_from_config
                 from vllm.utils.mistral import is_mistral_tokenizer
 
+                if is_first:
+                    logging.getLogger("vllm").setLevel(logging.ERROR)
                 arguments = AsyncEngineArgs(
                     model=model, trust_remote_code=False, enforce_eager=True, speculative_config=speculative_config
                 )

@@ -2,15 +2,17 @@
 
     python3 run_all_examples.py                all lessons
     python3 run_all_examples.py 1 3            these, in this order
-    python3 run_all_examples.py 4 --workers 4  options that are not listed below go to the lessons
+    python3 run_all_examples.py 4 --workers 4  other options go to lessons
     python3 run_all_examples.py --list         what there is
-    python3 run_all_examples.py --exercise 1   check your answer to an exercise (1 to 5) in exercises/
-    python3 run_all_examples.py --show FILE    the summary of a run that was recorded with --json
+    python3 run_all_examples.py --exercise 1   check exercises/exercise_1.py
+    python3 run_all_examples.py --show FILE    summary of a run recorded as JSON
     python3 run_all_examples.py --compare A B  two recorded runs side by side
-    python3 run_all_examples.py --report PATH  a page (HTML) about this run; with --show FILE, about a recorded one
+    python3 run_all_examples.py --report PATH  a page (HTML) about this run, or,
+                                               with --show, a recorded one
 
-Each lesson runs in a process of its own and prints its own tables; one summary follows. Where this Python has no vLLM
-that can run here, an environment is set up first, once, in .venv beside this file.
+Each lesson runs in a process of its own and prints its own tables; one summary
+follows. Where this Python has no vLLM that can run here, an environment is set
+up first, once, in .venv beside this file.
 """
 
 from __future__ import annotations
@@ -427,7 +429,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, list[int], list[str]]:
     """Return the runner's own options, the numbers of the lessons, and what is handed on to these."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [N ...] [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other options go to the lessons: see `python stable_prefix_vs_timestamp.py --help`.",
+        epilog="All other options go to the lessons: python stable_prefix_vs_timestamp.py --help",
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the examples and stop")

@@ -1,4 +1,4 @@
-"""Lesson 4: sessions that stay with their worker against sessions that are dealt round.
+"""Lesson 4: sessions that stay with their worker against round robin.
 
 A KV cache lives in one process. With several workers behind a load balancer,
 a conversation's next turn finds its past only on the worker that computed it.

@@ -1,13 +1,15 @@
-"""Set up an environment for the lessons, prove one real cache hit in it, and run the tests.
+"""Set up an environment for the lessons, prove one cache hit in it, run the tests.
 
-    python3 setup_and_test.py               set-up, environment report, the tests that take minutes
+    python3 setup_and_test.py               set up, report, run the quick tests
     python3 setup_and_test.py --full        the same with every test
     python3 setup_and_test.py --no-tests    stop after the report
-    python3 setup_and_test.py --check       report on the environment that is there; install nothing
+    python3 setup_and_test.py --check       report only, install nothing
 
-An NVIDIA GPU with a driver that fits gets the CUDA build of vLLM (requirements.txt), all else the CPU build
-(requirements-cpu.txt). A virtual environment that this is started from, or a Python that has a usable vLLM, is used
-as it is; otherwise everything goes into .venv beside this file. After an interruption, simply run it again.
+An NVIDIA GPU with a driver that fits gets the CUDA build of vLLM
+(requirements.txt), all else the CPU build (requirements-cpu.txt). A virtual
+environment that this is started from, or a Python that has a usable vLLM, is
+used as it is; otherwise everything goes into .venv beside this file. After an
+interruption, simply run it again.
 """
 
 from __future__ import annotations

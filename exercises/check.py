@@ -3,10 +3,12 @@
     python -m exercises.check N         your answer in exercises/exercise_N.py
     python -m exercises.check N FILE    an answer in another file
 
-The functions of the file are called first; a fault of theirs is told with its line. Then their prompts are sent, one at
-a time, and what was found in the cache is held against what the best layout could find: whole blocks of the tokens that
-stay the same, less one block a request. Prompts must still carry all that they are about. What is lost is shown with
-its place. Exit status: 0 solved, 1 not solved or a fault in the file, 2 wrong usage.
+The functions of the file are called first; a fault of theirs is told with its
+line. Then their prompts are sent, one at a time, and what was found in the
+cache is held against what the best layout could find: whole blocks of the
+tokens that stay the same, less one block a request. Prompts must still carry
+all that they are about. What is lost is shown with its place. Exit status: 0
+solved, 1 not solved or a fault in the file, 2 wrong usage.
 """
 
 from __future__ import annotations

@@ -1,18 +1,23 @@
 """Three indexes, one question: which part of this prompt is known?
 
-    python -m going_further.prefix_indexes          an agent's conversation, and users under one system prompt
-    python -m going_further.prefix_indexes LOG      a log of your own, as `replay_request_log` takes it
+    python -m going_further.prefix_indexes        an agent's conversation, and
+                                                  users of one system prompt
+    python -m going_further.prefix_indexes LOG    a log of your own, as
+                                                  `replay_request_log` takes it
 
   (a) a hash over whole messages, tried from the longest list of messages down
   (b) a radix tree over token ids: its edges hold runs of tokens
-  (c) a chain of block hashes: a block is known by its tokens and all blocks before it
+  (c) a chain of block hashes: a block is its tokens and all blocks before it
 
-Each gets the same requests in the same order and is asked before it is told. What (c) finds must be what vLLM finds:
-the requests are sent to an engine as well, one at a time. --without-engine leaves that out, for large logs.
-Who keeps which: SGLang (b) (RadixAttention, Zheng et al. 2024); vLLM (c), and no tree, whatever is told of
-it (its design documents, "Automatic Prefix Caching"). (a) is what an application can keep by itself, above any engine.
+Each gets the same requests in the same order and is asked before it is told.
+What (c) finds must be what vLLM finds: the requests are sent to an engine as
+well, one at a time. --without-engine leaves that out, for large logs.
+Who keeps which: SGLang (b) (RadixAttention, Zheng et al. 2024); vLLM (c), and
+no tree, whatever is told of it (its design documents, "Automatic Prefix
+Caching"). (a) is what an application can keep by itself, above any engine.
 
-Time is linear in tokens, and memory is bounded: every index forgets what was not used for longest.
+Time is linear in tokens, and memory is bounded: every index forgets what was
+not used for longest.
 """
 
 from __future__ import annotations

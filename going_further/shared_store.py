@@ -20,7 +20,7 @@ predicted: the longest prefix in whole blocks that any worker has stored.
 Then controls: what is loaded gives the same answer as what is computed; what
 was changed in the store gives another one; what is not there is not found.
 
---deeper adds: a worker is lost, the store is gone and comes back, and the price:
+--deeper adds: a worker is lost, the store is gone and comes back, the price:
 bytes, and the length from which loading is faster than computing.
 """
 

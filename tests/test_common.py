@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +74,16 @@ def test_a_tool_does_not_ask_the_questions_of_a_lesson(tool: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.endswith("error: --predict asks about a lesson: take one of the four\n")
+
+
+COMMANDS = sorted(path for folder in (".", "going_further", "exercises") for path in (ROOT / folder).glob("*.py")
+                  if re.search(r"sys\.exit\((main|run_command)\(", path.read_text(encoding="utf-8")))  # fmt: skip
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_a_commands_help_fits_80_columns(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"COLUMNS": "80"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if len(line) > 80] == []

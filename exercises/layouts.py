@@ -218,7 +218,8 @@ def same_heads(reader: Reader, chats: dict[tuple[str, str], list[dict]]) -> list
 
     vLLM would find the common part of unequal ones; an engine that is told its boundaries would find nothing.
     """
-    claims, heads_of = [], {who: heads(reader, messages) for who, messages in chats.items()}
+    claims = []
+    heads_of = {who: heads(reader, messages) for who, messages in chats.items()}
     for at, claim in enumerate(("all prompts agree up to boundary 1", "those of a tenant agree up to boundary 2")):
         told = ""
         for (name, user), these in heads_of.items():

@@ -8,6 +8,8 @@ import copy
 import importlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -612,3 +614,14 @@ def test_a_prompt_has_what_is_needed_to_compare_it(renderer_of) -> None:
     assert prompt.tools[0]["function"]["name"] == "price"
     assert len(prompt.offsets) == len(prompt.ids)
     assert prompt.text[slice(*prompt.offsets[-1])] == "\n"
+
+
+def test_a_renderer_is_quiet_and_asks_that_of_no_process_that_is_started_later() -> None:
+    code = (
+        "import logging, os; from going_further.replay.rendering import Renderer; "
+        f"Renderer({str(BUILT_IN)!r}); "
+        "print(os.environ.get('VLLM_LOGGING_LEVEL'), logging.getLogger('vllm.renderers').getEffectiveLevel())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "None 40\n", "logging.ERROR, here alone"

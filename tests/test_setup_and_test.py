@@ -480,3 +480,23 @@ def test_tests_run_side_by_side_but_for_those_that_must_be_alone(
     done = run_in(house, f"import sys; sys.exit(s.run_tests({chosen!r}))")
     assert done.returncode == status, done.stdout + done.stderr
     assert len(re.findall(r"1 passed", done.stdout)) == passed
+
+
+@pytest.mark.parametrize(("gib", "driver", "at_a_time"), [(64, None, 2), (15, None, 1), (3, None, 1), (64, 580, 1)])
+def test_no_more_tests_run_at_a_time_than_cores_and_memory_allow_and_one_on_a_gpu(
+    gib: int, driver: int | None, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def keep(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(setup_and_test, "run", keep)
+    monkeypatch.setattr(setup_and_test, "free_memory", lambda: gib * 2**30)
+    monkeypatch.setattr(setup_and_test, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert setup_and_test.run_tests("") == 0
+    side_by_side, alone = commands
+    assert side_by_side[side_by_side.index("-n") + 1] == str(at_a_time)
+    assert "-n" not in alone

@@ -143,13 +143,13 @@ class Renderer:
                 from vllm.renderers import renderer_from_config
                 from vllm.utils.mistral import is_mistral_tokenizer
 
-                if is_first:
-                    logging.getLogger("vllm").setLevel(logging.ERROR)
                 arguments = AsyncEngineArgs(
                     model=model, trust_remote_code=False, enforce_eager=True, speculative_config=speculative_config
                 )
                 self.config = arguments.create_engine_config()
                 self.vllm_renderer = renderer_from_config(self.config)
+                if is_first:  # only now: vLLM sets its level anew while it makes the configuration
+                    logging.getLogger("vllm").setLevel(logging.ERROR)
         except (*BROKEN_FILES, ImportError, NotImplementedError, RuntimeError, StrictDataclassError) as error:
             raise LessonError(f"vLLM cannot use the model in {model}: {telling_line(error)}") from error
         self.model, self.model_config, self.tokenizer = model, self.config.model_config, self.vllm_renderer.tokenizer

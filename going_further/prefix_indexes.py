@@ -132,7 +132,7 @@ class RadixTree:
         self.root = Node(array("i"), None, 0)
         self.nodes = self.tokens = 0
         self.ticks = itertools.count(1)
-        self.leaves: list[tuple[int, int, Node]] = []  # a heap by last use; what is out of date is skipped
+        self.leaves: list[tuple[int, int, Node]] = []  # a heap by a use that may not be the last; each leaf once
 
     def walk(self, ids: array) -> tuple[Node, int, int]:
         """Return the last node on the way of `ids`, how much of its edge is on it, and how many tokens are in all."""
@@ -143,8 +143,6 @@ class RadixTree:
             node.used = now
             on_edge = shared(node.edge, ids[at : at + len(node.edge)])
             at += on_edge
-        if not node.children and node is not self.root:
-            heapq.heappush(self.leaves, (now, id(node), node))
         return node, on_edge, at
 
     def find(self, ids: array) -> int:
@@ -176,9 +174,12 @@ class RadixTree:
         """Remove the leaves that were not used for longest until the tokens fit."""
         while self.tokens > self.tokens_kept:
             used, _, leaf = heapq.heappop(self.leaves)
-            if leaf.used != used or leaf.children or leaf.parent is None:
-                continue  # used again since, no leaf any more, or removed
-            parent, leaf.parent = leaf.parent, None
+            if leaf.children:
+                continue  # no leaf any more
+            if leaf.used > used:  # used again since
+                heapq.heappush(self.leaves, (leaf.used, id(leaf), leaf))
+                continue
+            parent = leaf.parent
             del parent.children[leaf.edge[0]]
             self.nodes, self.tokens = self.nodes - 1, self.tokens - len(leaf.edge)
             self.evicted += 1

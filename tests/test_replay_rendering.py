@@ -618,10 +618,12 @@ def test_a_prompt_has_what_is_needed_to_compare_it(renderer_of) -> None:
 
 def test_a_renderer_is_quiet_and_asks_that_of_no_process_that_is_started_later() -> None:
     code = (
-        "import logging, os; from going_further.replay.rendering import Renderer; "
-        f"Renderer({str(BUILT_IN)!r}); "
-        "print(os.environ.get('VLLM_LOGGING_LEVEL'), logging.getLogger('vllm.renderers').getEffectiveLevel())"
+        "import io, logging, os, sys; sys.stdout = notebook = io.StringIO(); "
+        "from going_further.replay.rendering import Renderer; "
+        f"Renderer({str(BUILT_IN)!r}); log = logging.getLogger('vllm.renderers'); log.error('shown'); "
+        "sys.stdout = sys.__stdout__; print(len(notebook.getvalue().splitlines())); "
+        "print(os.environ.get('VLLM_LOGGING_LEVEL'), log.getEffectiveLevel())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "None 40\n", "logging.ERROR, here alone"
+    assert done.stdout == "1\nNone 40\n", "logging.ERROR, here alone"

@@ -108,9 +108,10 @@ class Prompt:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what a library prints, also from C, from the terminal."""
+    """Keep what a library prints, also from C, and what it logs, also to a notebook, from who looks on."""
     with tempfile.TemporaryFile() as nowhere:
-        kept = os.dup(1), os.dup(2)
+        kept, logged = (os.dup(1), os.dup(2)), logging.root.manager.disable
+        logging.disable(logging.WARNING)
         common.errors = kept[1]  # where a signal is answered
         os.dup2(nowhere.fileno(), 1), os.dup2(nowhere.fileno(), 2)
         try:
@@ -119,6 +120,7 @@ def quiet() -> Iterator[None]:
             os.dup2(kept[0], 1), os.dup2(kept[1], 2)
             common.errors = 2
             os.close(kept[0]), os.close(kept[1])
+            logging.disable(logged)
 
 
 class Renderer:

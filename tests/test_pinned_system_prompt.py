@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from going_further.common import UsageError, common_prefix
@@ -87,7 +87,6 @@ def test_a_pinned_prefix_stays_whatever_comes() -> None:
     assert cache.cached_tokens(ids) == 8
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20), st.booleans()), max_size=30), st.integers(1, 4))
 def test_every_block_is_free_or_pinned_and_none_is_lost(requests: list[tuple[int, int, bool]], block_size: int) -> None:
     cache = EvictingCache(block_size, 60)

@@ -102,16 +102,15 @@ def find_boundary(texts: list[str], share: float = 1.0, places: Sequence[int] = 
     It is moved back to the end of a line, or to one of `places`, or where there is neither between two words.
     """
     needed = max(2, math.ceil(share * len(texts)))
-    ordered, agreed = sorted(texts), ""
+    ordered, found = sorted(texts), 0
     for first, last in zip(ordered, ordered[needed - 1 :], strict=False):  # what these two share, all between share
         at = common_prefix(first, last)
-        if at > len(agreed):
-            agreed = first[:at]
-    if agreed in texts and texts.count(agreed) >= needed:
-        return len(agreed)  # nothing differs
-    line_end = agreed.rfind("\n") + 1
-    before = [place for place in places if place <= len(agreed)]
-    return max(line_end, *before, 0) or re.search(rf"[^{BETWEEN_WORDS}]*$", agreed).start()
+        if first != last:
+            line_end = first.rfind("\n", 0, at) + 1
+            before = [place for place in places if place <= at]
+            at = max(line_end, *before, 0) or re.search(rf"[^{BETWEEN_WORDS}]*$", first[:at]).start()
+        found = max(found, at)
+    return found
 
 
 CLOCK = r"\d{4}-\d\d-\d\d|\d\d:\d\d|\b1[67]\d{8}"
